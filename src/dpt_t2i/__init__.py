@@ -1,0 +1,33 @@
+"""Discriminative probing and tuning (DPT) of text-to-image diffusion models.
+
+>>> model = dpt_t2i.load()
+>>> image = model.generate("a red circle left of a blue square", seeds=[0])[0]
+>>> model.score(image, "a red circle left of a blue square").score
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpt_t2i.sampling.model import T2IModel
+
+__version__ = "0.1.0"
+__all__ = ["load"]
+
+
+def load(base: str = "bundled", lora: str | None = None, adapter: str | None = None, device: str = "auto") -> T2IModel:
+    """A text-to-image model with what was learned on it; torch is imported here and not before.
+
+    Args:
+        base: `bundled`, a diffusers folder, or a hub id.
+        lora: LoRA file or folder; None = what ships with the base; `none` = the plain base.
+        adapter: adapter folder; None = what ships with the base and fits the LoRA; `none` = none.
+        device: auto, cpu, cuda, cuda:1, mps.
+
+    Raises:
+        dpt_t2i.errors.InputError: something is missing, broken, or made for another base.
+    """
+    from dpt_t2i.sampling.model import load_model
+
+    return load_model(base=base, lora=lora, adapter=adapter, device=device)

@@ -1,0 +1,169 @@
+"""An adapter on disk: a folder with `model.safetensors`, and `config.json` that says what it is and what it fits."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.config import AdapterConfig
+from dpt_t2i.errors import InputError
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+FORMAT_VERSION = 1
+
+
+def save_adapter(
+    adapter: DiscriminativeAdapter,
+    folder: Path,
+    *,
+    base_fingerprint: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the adapter so that `load_adapter` needs nothing else.
+
+    Args:
+        adapter: trained or not.
+        folder: made if missing; an adapter already there is replaced, each file in one move.
+        base_fingerprint: `{"architecture": {...}, "name": str, "weights": short hash}` of the T2I model it was
+            trained on.
+        metadata: anything JSON that should travel along, such as the best correction strength.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    card = {
+        "format_version": FORMAT_VERSION,
+        "adapter": adapter.config.model_dump(mode="json"),
+        "tap_channels": adapter.tap_channels,
+        "pooled_dim": adapter.pooled_dim,
+        "text_dim": adapter.text_dim,
+        "base": dict(base_fingerprint),
+        "versions": {"dpt_t2i": _package_version(), "torch": torch.__version__},
+        "metadata": dict(metadata or {}),
+    }
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
+    save_file(state, folder / f"{WEIGHTS}.partial", metadata={"format": "pt"})
+    (folder / f"{CONFIG}.partial").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    for name in (WEIGHTS, CONFIG):
+        os.replace(folder / f"{name}.partial", folder / name)
+
+
+def load_adapter(
+    folder: Path, device: torch.device, expected_fingerprint: Mapping[str, Any] | None = None
+) -> tuple[DiscriminativeAdapter, dict[str, Any]]:
+    """Read an adapter, in eval mode and float32, and the metadata saved with it.
+
+    Loading draws no random number. `expected_fingerprint` is that of the T2I model the adapter is to judge; other
+    weights of the same architecture earn a warning that names both, None skips the comparison.
+
+    Raises:
+        InputError: a file is missing or damaged, a tensor is missing, surplus or of the wrong shape, or the adapter
+            was made for another architecture.
+    """
+    folder = Path(folder)
+    card = read_adapter_card(folder)
+    if expected_fingerprint is not None:
+        _check_base(folder, card["base"], expected_fingerprint)
+    try:
+        with torch.device("meta"):
+            adapter = DiscriminativeAdapter(
+                AdapterConfig.model_validate(card["adapter"]),
+                card["tap_channels"],
+                card["pooled_dim"],
+                card["text_dim"],
+            )
+    except (AttributeError, TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+        raise InputError(
+            f"{folder / CONFIG} is damaged: {str(error).splitlines()[0]}; export the adapter again"
+        ) from error
+    place_state(adapter, _read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
+    return adapter.float().to(device).eval(), card["metadata"]
+
+
+def read_adapter_card(folder: Path) -> dict[str, Any]:
+    """Everything of `config.json`: adapter, tap_channels, pooled_dim, text_dim, base, versions, metadata.
+
+    Raises:
+        InputError: no adapter there, not JSON, an entry missing, or a newer format.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise InputError(f"no adapter in {folder}: {CONFIG} is missing; give the folder that `dpt probe` wrote")
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}; export the adapter again") from error
+    needed = ("format_version", "adapter", "tap_channels", "pooled_dim", "text_dim", "base", "metadata")
+    missing = [key for key in needed if not isinstance(card, dict) or key not in card]
+    if missing:
+        raise InputError(f"{path} is not an adapter's config: `{missing[0]}` is missing")
+    if card["format_version"] != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format {card['format_version']}, this version reads {FORMAT_VERSION}; upgrade dpt-t2i"
+        )
+    return dict(card)
+
+
+def place_state(adapter: DiscriminativeAdapter, state: Mapping[str, Tensor], source: str) -> None:
+    """Give the adapter (whose tensors may be on the meta device) exactly the tensors of `state`.
+
+    Raises:
+        InputError: naming `source` and the first key that is missing, surplus or of the wrong shape.
+    """
+    wanted = adapter.state_dict()
+    missing, surplus = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing:
+        raise InputError(f"{source} lacks the tensor `{missing[0]}`; is it an adapter of these sizes?")
+    if surplus:
+        raise InputError(f"{source} holds an unexpected tensor `{surplus[0]}`; is it an adapter of these sizes?")
+    for key, tensor in wanted.items():
+        if state[key].shape != tensor.shape:
+            raise InputError(
+                f"{source}: tensor `{key}` has shape {tuple(state[key].shape)}, its config says {tuple(tensor.shape)}"
+            )
+    adapter.load_state_dict(dict(state), assign=True)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"no adapter in {path.parent}: {path.name} is missing; give the folder that `dpt probe` wrote")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); copy or export it again") from error
+
+
+def _check_base(folder: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    expected = json.loads(json.dumps(dict(expected)))  # tuples become lists, as in the file
+    mine, theirs = saved.get("architecture", {}), expected.get("architecture", {})
+    names = f"`{saved.get('name')}`", f"`{expected.get('name')}`"
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) != theirs.get(key):
+            raise InputError(
+                f"adapter {folder} was made for {names[0]} ({key} = {mine.get(key)}), but the base is {names[1]} "
+                f"({key} = {theirs.get(key)}); use the adapter's own base or another adapter"
+            )
+    if saved.get("weights") != expected.get("weights"):
+        warnings.warn(
+            f"adapter {folder} was made for {names[0]} (weights {saved.get('weights')}), the base is {names[1]} "
+            f"(weights {expected.get('weights')}): same architecture, other weights; scores may suffer",
+            stacklevel=3,
+        )
+
+
+def _package_version() -> str:
+    try:
+        return importlib.metadata.version("dpt-t2i")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"

@@ -1,0 +1,129 @@
+"""The discriminative adapter: from feature maps of the denoiser to a matching score's vectors and grounded boxes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpt_t2i.adapter.encodings import TimestepEncoding, sine_positions
+from dpt_t2i.adapter.heads import GroundingHeads, mlp
+from dpt_t2i.adapter.transformer import Transformer
+from dpt_t2i.adapter.types import AdapterOutput
+from dpt_t2i.backbones.types import Features
+from dpt_t2i.config import AdapterConfig
+from dpt_t2i.errors import InputError
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+MAX_LOGIT_SCALE = math.log(100.0)  # as CLIP: beyond it the softmax is one-hot and the gradient dies
+
+
+class DiscriminativeAdapter(nn.Module):
+    """Reads the maps of one or several taps with matching and grounding queries (DETR-style, post-norm).
+
+    Each map has its own 1x1 projection to width d; several are brought to the largest one's size and summed, which is
+    what one projection of their concatenation would give.
+
+    Args:
+        config: sizes. `hidden_dim` must be a multiple of 4 and of `num_heads`.
+        tap_channels: tap name -> channels C of its map; the order is kept in the saved file.
+        pooled_dim: width P of the pooled text vector.
+        text_dim: width of the token states given for grounding.
+
+    Raises:
+        InputError: no tap, or sizes that do not divide.
+    """
+
+    def __init__(self, config: AdapterConfig, tap_channels: Mapping[str, int], pooled_dim: int, text_dim: int) -> None:
+        super().__init__()
+        _check_sizes(config, tap_channels)
+        dim = config.hidden_dim
+        self.config = config
+        self.tap_channels = dict(tap_channels)
+        self.pooled_dim = pooled_dim
+        self.text_dim = text_dim
+        self.feature_norms = nn.ModuleDict(
+            {_module_name(tap): _feature_norm(channels, config) for tap, channels in tap_channels.items()}
+        )
+        self.projections = nn.ModuleDict(
+            {_module_name(tap): nn.Conv2d(channels, dim, kernel_size=1) for tap, channels in tap_channels.items()}
+        )
+        self.timestep_encoding = TimestepEncoding(dim)
+        self.queries = nn.Embedding(config.num_queries_matching + config.num_queries_rec, dim)  # matching ones first
+        self.transformer = Transformer(
+            dim, config.num_heads, config.dim_feedforward, config.enc_layers, config.dec_layers, config.dropout
+        )
+        self.match_head = mlp(dim, dim, pooled_dim)
+        self.grounding = GroundingHeads(dim, config.num_token_classes, config.contrastive_dim, text_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+
+    def forward(
+        self, features: Features, text_tokens: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> AdapterOutput:
+        """Read B noised images.
+
+        Args:
+            features: maps of (at least) the adapter's taps, and the timesteps, which may be fractional.
+            text_tokens: `[B, L, text_dim]` token states of the grounding expression; needed by the alignment loss only.
+            text_mask: `[B, L]` bool, True on real tokens; None counts padding too, as the release does.
+
+        Raises:
+            InputError: a tap is missing from `features` or has another number of channels.
+        """
+        source = self._fuse(features)  # [B, d, h, w]
+        height, width = source.shape[-2:]
+        source = source.flatten(2).transpose(1, 2)  # [B, h * w, d]
+        positions = sine_positions(height, width, self.config.hidden_dim, source.device).to(source.dtype)
+        positions = positions + self.timestep_encoding(features.timesteps.to(source.device))[:, None]
+        states = self.transformer(source, positions, self.queries.weight)
+        matching = states[:, : self.config.num_queries_matching]
+        rec = states[:, self.config.num_queries_matching :]
+        return AdapterOutput(
+            match_embeds=self.match_head(matching),
+            logits=self.grounding.logits(rec),
+            boxes=self.grounding.boxes(rec),
+            query_align=self.grounding.align_queries(rec),
+            token_align=None if text_tokens is None else self.grounding.align_tokens(text_tokens),
+            logit_scale=self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(),
+            token_mask=text_mask,
+        )
+
+    def _fuse(self, features: Features) -> Tensor:
+        """Normalise, project and sum the taps' maps -> `[B, d, h, w]` of the largest map."""
+        projected: list[Tensor] = []
+        for tap, channels in self.tap_channels.items():
+            feature_map = features.maps.get(tap)
+            if feature_map is None or feature_map.shape[1] != channels:
+                got = "no such map" if feature_map is None else f"{feature_map.shape[1]} channels"
+                raise InputError(f"the adapter reads tap `{tap}` with {channels} channels, but got {got}")
+            projection = self.projections[_module_name(tap)]
+            normed = self.feature_norms[_module_name(tap)](feature_map.to(self.queries.weight.dtype))
+            projected.append(projection(normed))
+        # A 1x1 projection and an interpolation commute: projecting first interpolates the fewer channels.
+        size = max((tuple(one.shape[-2:]) for one in projected), key=math.prod)
+        resized = (
+            one if one.shape[-2:] == size else F.interpolate(one, size=size, mode="bilinear", align_corners=False)
+            for one in projected
+        )
+        return torch.stack(list(resized)).sum(dim=0)
+
+
+def _feature_norm(channels: int, config: AdapterConfig) -> nn.Module:
+    """Unit scale for a whole map, which keeps the contrast between its places; the release has nothing here."""
+    return nn.GroupNorm(1, channels) if config.normalize_features else nn.Identity()
+
+
+def _module_name(tap: str) -> str:
+    return tap.replace(".", "-")  # a tap may be a dotted path, which a submodule's name may not
+
+
+def _check_sizes(config: AdapterConfig, tap_channels: Mapping[str, int]) -> None:
+    if not tap_channels:
+        raise InputError("the adapter needs at least one tap; set `tap`, e.g. to `up1`")
+    if config.hidden_dim % 4 or config.hidden_dim % config.num_heads:
+        raise InputError(
+            f"hidden_dim {config.hidden_dim} must be a multiple of 4 and of num_heads ({config.num_heads})"
+        )

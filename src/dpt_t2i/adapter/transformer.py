@@ -1,0 +1,90 @@
+"""DETR's post-norm transformer, batch first: an encoder over the feature map, a decoder from learned queries.
+
+Positions (here also the timestep) are added to the queries and keys of attention, never to the values
+(models/transformer.py of facebookresearch/detr). Module names follow that file, which makes the released weights
+easy to place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, source: Tensor, positions: Tensor) -> Tensor:
+        """`source`, `positions`: `[B, N, d]` -> `[B, N, d]`."""
+        located = source + positions
+        attended = self.self_attn(located, located, source, need_weights=False)[0]
+        source = self.norm1(source + self.dropout(attended))
+        update = self.linear2(self.dropout(F.relu(self.linear1(source))))
+        result: Tensor = self.norm2(source + self.dropout(update))
+        return result
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, target: Tensor, memory: Tensor, positions: Tensor, queries: Tensor) -> Tensor:
+        """`target`, `queries`: `[B, Q, d]`; `memory`, `positions`: `[B, N, d]` -> `[B, Q, d]`."""
+        located = target + queries
+        attended = self.self_attn(located, located, target, need_weights=False)[0]
+        target = self.norm1(target + self.dropout(attended))
+        attended = self.multihead_attn(target + queries, memory + positions, memory, need_weights=False)[0]
+        target = self.norm2(target + self.dropout(attended))
+        update = self.linear2(self.dropout(F.relu(self.linear1(target))))
+        result: Tensor = self.norm3(target + self.dropout(update))
+        return result
+
+
+class Transformer(nn.Module):
+    def __init__(
+        self, dim: int, num_heads: int, dim_feedforward: int, enc_layers: int, dec_layers: int, dropout: float
+    ) -> None:
+        super().__init__()
+        sizes = (dim, num_heads, dim_feedforward, dropout)
+        self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(enc_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(dec_layers))
+        self.norm = nn.LayerNorm(dim)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, source: Tensor, positions: Tensor, queries: Tensor) -> Tensor:
+        """Read a map with learned queries.
+
+        Args:
+            source: `[B, N, d]` features of the N = h * w places.
+            positions: `[B, N, d]` what is known of each place and of the timestep.
+            queries: `[Q, d]`.
+
+        Returns:
+            `[B, Q, d]`, the last decoder layer's normalised states.
+        """
+        for layer in self.encoder:
+            source = layer(source, positions)
+        queries = queries.expand(source.shape[0], -1, -1)
+        target = torch.zeros_like(queries, dtype=source.dtype)
+        for layer in self.decoder:
+            target = layer(target, source, positions, queries)
+        result: Tensor = self.norm(target)
+        return result

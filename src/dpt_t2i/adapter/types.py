@@ -1,0 +1,20 @@
+"""What the adapter says about a noised image and a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdapterOutput:
+    """Everything the heads give for one batch; Q_m matching and Q_g grounding queries."""
+
+    match_embeds: Tensor  # [B, Q_m, P] matching head, to be compared with pooled text by cosine
+    logits: Tensor  # [B, Q_g, K + 1] token classifier, K = 255 positions, the last = no object
+    boxes: Tensor  # [B, Q_g, 4] cxcywh in [0, 1]
+    query_align: Tensor  # [B, Q_g, A] L2-normalised query embeddings of the contrastive alignment
+    token_align: Tensor | None  # [B, L, A] L2-normalised token embeddings, None if no text states were given
+    logit_scale: Tensor  # [] exp(logit_scale), already clamped to <= 100
+    token_mask: Tensor | None = None  # [B, L] bool, True on real tokens of token_align; None = every token counts

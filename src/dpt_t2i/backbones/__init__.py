@@ -1,0 +1,1 @@
+"""A text-to-image model as a differentiable feature function; one small file a family."""

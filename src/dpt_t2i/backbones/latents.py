@@ -1,0 +1,40 @@
+"""Images to latents and back, through the pipeline's VAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpt_t2i.errors import InputError
+
+
+def encode_image(vae: Any, pixels: Tensor, vae_scale: int, generator: torch.Generator | None = None) -> Tensor:
+    """`[B, 3, H, W]` in [-1, 1] -> `[B, C, H/scale, W/scale]` float32, scaled as the denoiser expects.
+
+    Without a generator the posterior's mean, with one a sample (drawn on the generator's device).
+
+    Raises:
+        InputError: H or W is no multiple of `vae_scale`.
+    """
+    height, width = pixels.shape[-2:]
+    if height % vae_scale or width % vae_scale:
+        raise InputError(f"image of {width} x {height} pixels: both sides must be multiples of {vae_scale}")
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    latents: Tensor = posterior.mean.float()
+    if generator is not None:
+        noise = torch.randn(latents.shape, generator=generator, device=generator.device)
+        latents = latents + posterior.std.float() * noise.to(latents.device)
+    return (latents - _shift(vae)) * vae.config.scaling_factor
+
+
+def decode_image(vae: Any, latents: Tensor) -> Tensor:
+    """`[B, C, h, w]` -> pixels `[B, 3, H, W]` float32, nominally in [-1, 1] and not clamped."""
+    unscaled = latents.float() / vae.config.scaling_factor + _shift(vae)
+    pixels: Tensor = vae.decode(unscaled.to(vae.device, vae.dtype)).sample
+    return pixels.float()
+
+
+def _shift(vae: Any) -> float:
+    return float(vae.config.get("shift_factor") or 0.0)  # older VAEs have none

@@ -1,0 +1,229 @@
+"""From a name to a backbone: the bundled model, a diffusers folder, or a hub id, all on the same path.
+
+A base folder may carry what was learned on it, and `shipped_artifacts` finds it:
+
+    dpt/tuned/pytorch_lora_weights.safetensors   stage 2's LoRA
+    dpt/tuned/adapter/                           the adapter that was trained with it
+    dpt/probe/adapter/                           stage 1's adapter, for the plain base
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dpt_t2i.backbones.lora import LORA_FILE
+from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
+from dpt_t2i.errors import InputError
+
+BUNDLED = "bundled"
+HUB_ID = re.compile(r"[\w\-]+(\.[\w\-]+)*/[\w\-.]+")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+
+def load_backbone(
+    name_or_path: str | Path, revision: str | None = None, device: str = "auto", dtype: str = "float32"
+) -> StableDiffusionBackbone:
+    """A text-to-image model, frozen and in eval mode.
+
+    Args:
+        name_or_path: `bundled`, a diffusers folder, or a hub id.
+        revision: git revision of a hub model.
+        dtype: of the frozen weights; everything that the backbone returns is float32.
+
+    Raises:
+        InputError: folder missing; a model file missing or truncated (names it); a family that is not supported.
+    """
+    folder = base_folder(name_or_path, revision)
+    family = _read_index(folder).get("_class_name")
+    if family not in FAMILIES:
+        raise InputError(f"{folder}: pipeline class {family} is not supported; supported: {', '.join(FAMILIES)}")
+    place = resolve_device(device)
+    return FAMILIES[family](folder, _display_name(name_or_path), place, DTYPES[dtype])
+
+
+def base_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The diffusers folder of a base, downloaded if it is a hub id.
+
+    Raises:
+        InputError: there is none.
+    """
+    name = str(name_or_path)
+    folder = Path(str(files("dpt_t2i") / "bundled" / "base")) if name == BUNDLED else Path(name).expanduser()
+    if (folder / "model_index.json").is_file():
+        return folder
+    if name == BUNDLED:
+        raise InputError("the bundled model is missing from this installation; reinstall dpt-t2i")
+    if folder.exists() or not HUB_ID.fullmatch(name):
+        what = "holds no model_index.json" if folder.exists() else "does not exist"
+        raise InputError(f"base model {name} {what}; give a diffusers folder, a hub id, or `{BUNDLED}`")
+    return _download(name, revision)
+
+
+def shipped_artifacts(base: str | Path, with_lora: bool = True) -> tuple[Path | None, Path | None]:
+    """(LoRA file, adapter folder) that ship inside a base's folder; None for what is not there.
+
+    Without the LoRA the adapter is the probe's: the tuned one was trained together with it.
+    """
+    folder = base_folder(base) / "dpt"
+    lora = folder / "tuned" / LORA_FILE
+    if with_lora and lora.is_file():
+        return lora, _if_folder(folder / "tuned" / "adapter")
+    return None, _if_folder(folder / "probe" / "adapter")
+
+
+def choose_artifacts(base: str | Path, lora: str | None, adapter: str | None) -> tuple[Path | None, Path | None]:
+    """The LoRA and adapter that the settings of the same names mean: None = what ships, `none` = none, else a path.
+
+    Beside a LoRA given by path, a default adapter is the one in its own run folder, if any.
+    """
+    shipped_lora, shipped_adapter = shipped_artifacts(base, with_lora=lora != "none")
+    chosen_lora = shipped_lora if lora is None else _path_or_none(lora)
+    if adapter is not None:
+        return chosen_lora, _path_or_none(adapter)
+    if lora is None or lora == "none":
+        return chosen_lora, shipped_adapter
+    run = Path(lora) if Path(lora).is_dir() else Path(lora).parent
+    return chosen_lora, _if_folder(run / "adapter")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` = CUDA, else MPS, else the CPU; otherwise the named device.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        fallback = "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else fallback)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device `{name}` is unknown; give auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device `{name}` is not here: {torch.cuda.device_count()} CUDA devices found; give auto or cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device `mps` is not here; give auto or cpu")
+    return device
+
+
+def _load_stable_diffusion(
+    folder: Path, name: str, device: torch.device, dtype: torch.dtype
+) -> StableDiffusionBackbone:
+    _check_files(folder)
+    # The safety checker is not part of the method, and would blacken images unseen.
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    with _quietly():
+        from diffusers import StableDiffusionPipeline
+
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"base model {folder} does not load: {str(error).strip().splitlines()[0]}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return StableDiffusionBackbone(pipeline.to(device, dtype), name)
+
+
+FAMILIES: dict[str, Callable[[Path, str, torch.device, torch.dtype], StableDiffusionBackbone]] = {
+    "StableDiffusionPipeline": _load_stable_diffusion,
+}
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars for a load of seconds, and no notes about image processors that a T2I model never uses."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    parts = (diffusers_logging, transformers_logging)
+    before = [(part.get_verbosity(), part.is_progress_bar_enabled()) for part in parts]
+    for part in parts:
+        part.set_verbosity_error()
+        part.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for part, (verbosity, progress) in zip(parts, before, strict=True):
+            part.set_verbosity(verbosity)
+            if progress:
+                part.enable_progress_bar()
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "model_index.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"base model file {file} is missing or broken ({error}); fetch it again") from error
+    return content
+
+
+def _check_files(folder: Path) -> None:
+    """Name the file that is missing or cut short, before the libraries say something vaguer or nothing at all."""
+    for component in ("unet", "vae", "text_encoder"):
+        part = folder / component
+        _read_json(part / "config.json")
+        weights = [file for file in sorted(part.glob("*")) if file.suffix in WEIGHT_SUFFIXES]
+        if not weights:
+            raise InputError(f"base model {part} holds no weights (*.safetensors); fetch it again")
+        for file in weights:
+            _check_weights(file)
+    _read_json(folder / "scheduler" / "scheduler_config.json")
+    tokenizer = folder / "tokenizer"
+    # Without its vocabulary transformers makes an empty tokenizer and says nothing.
+    if (tokenizer / "tokenizer.json").is_file():
+        return
+    for name in ("vocab.json", "merges.txt"):
+        if not (tokenizer / name).is_file():
+            raise InputError(f"base model file {tokenizer / name} is missing; fetch it again")
+
+
+def _check_weights(file: Path) -> None:
+    if file.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"base model file {file} is truncated or broken ({error}); fetch it again") from error
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(name, revision=revision))
+    except Exception as error:  # the hub's client raises some twenty kinds: offline, no such model, gated, ...
+        reason = textwrap.shorten(str(error), 160)
+        raise InputError(
+            f"base model {name} is neither a folder nor could it be fetched from the hub: {reason}"
+        ) from error
+
+
+def _display_name(name_or_path: str | Path) -> str:
+    """What messages and headers call the base; of a folder only the last part, so that no private path is saved."""
+    path = Path(name_or_path).expanduser()
+    return path.resolve().name if path.exists() else str(name_or_path)
+
+
+def _path_or_none(text: str) -> Path | None:
+    return None if text == "none" else Path(text)
+
+
+def _if_folder(path: Path) -> Path | None:
+    return path if path.is_dir() else None

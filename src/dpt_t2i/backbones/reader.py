@@ -1,0 +1,71 @@
+"""Reading maps out of a denoiser with forward hooks, and leaving it early.
+
+Hooks are public PyTorch, sit outside gradient checkpointing, and change no number: the features equal those of a
+full pass bit for bit, and gradients reach the latents and the LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from dpt_t2i.backbones.taps import pick_map
+from dpt_t2i.backbones.types import Tap
+from dpt_t2i.errors import InputError
+
+T = TypeVar("T")
+
+
+class _EverythingRead(Exception):
+    """Raised inside the hook of the last wanted tap; never leaves this file."""
+
+
+def read_maps(
+    module: nn.Module, taps: Sequence[Tap], run: Callable[[], T], early_exit: bool
+) -> tuple[dict[str, Tensor], T | None]:
+    """Call `run` (one pass of `module`) and keep the map at each of `taps`.
+
+    Returns:
+        tap name -> `[B, C, h, w]` in the order of `taps`, and what `run` returned (None after an early exit, which
+        skips everything behind the deepest tap).
+
+    Raises:
+        InputError: a tap's module was never reached.
+    """
+    if early_exit and not taps:
+        raise ValueError("an early exit needs at least one tap")
+    outputs, result = _run_with_hooks(module, [tap.module for tap in taps], run, early_exit)
+    for tap in taps:
+        if tap.module not in outputs:
+            raise InputError(f"tap `{tap.name}`: module {tap.module} takes no part in the denoiser's forward pass")
+    return {tap.name: pick_map(outputs[tap.module], tap) for tap in taps}, result
+
+
+def read_output(module: nn.Module, path: str, run: Callable[[], Any]) -> Any:
+    """Whatever the inner module `path` returned in `run`, or None where it took no part; leaves early."""
+    return _run_with_hooks(module, [path], run, early_exit=True)[0].get(path)
+
+
+def _run_with_hooks(
+    module: nn.Module, paths: Sequence[str], run: Callable[[], T], early_exit: bool
+) -> tuple[dict[str, Any], T | None]:
+    outputs: dict[str, Any] = {}
+
+    def keep(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs[path] = output
+            if early_exit and len(outputs) == len(set(paths)):
+                raise _EverythingRead
+
+        return hook
+
+    handles = [module.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    try:
+        return outputs, run()
+    except _EverythingRead:
+        return outputs, None
+    finally:
+        for handle in handles:
+            handle.remove()

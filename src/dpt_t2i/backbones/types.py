@@ -1,0 +1,66 @@
+"""What crosses the door between a T2I model and everything that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One place of the denoiser whose output map is read: declared data, never a constant elsewhere."""
+
+    name: str  # `up1`, or the dotted path itself for an inner block
+    module: str  # dotted path inside the denoiser, e.g. `up_blocks.1`
+    channels: int  # C of the map
+    stride: int  # latent pixels per feature pixel (16x16 latents, stride 4 -> 4x4 map)
+    select: Literal["tensor", "first"] = "tensor"  # a block returns the map, or a tuple that starts with it
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """A batch of encoded texts, as the denoiser wants them."""
+
+    tokens: Tensor  # [B, L, D] token states: the denoiser's `encoder_hidden_states`
+    pooled: Tensor  # [B, P] pooled vector p(y) that `match_score` compares with
+    mask: Tensor  # [B, L] bool, True on real tokens (BOS and EOS included), False on padding
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # further denoiser inputs, each [B, ...]
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def select(self, index: Tensor) -> TextStates:
+        """Rows `index` [N] (long) of the batch, repeats allowed: how deduplicated texts are spread out again."""
+        return replace(
+            self,
+            tokens=self.tokens[index],
+            pooled=self.pooled[index],
+            mask=self.mask[index],
+            extras={key: value[index] for key, value in self.extras.items()},
+        )
+
+    @staticmethod
+    def cat(parts: list[TextStates]) -> TextStates:
+        """Stack batches along B; all parts must have the same L."""
+        first = parts[0]
+        return TextStates(
+            tokens=torch.cat([p.tokens for p in parts]),
+            pooled=torch.cat([p.pooled for p in parts]),
+            mask=torch.cat([p.mask for p in parts]),
+            extras={key: torch.cat([p.extras[key] for p in parts]) for key in first.extras},
+        )
+
+
+@dataclass(frozen=True)
+class Features:
+    """Maps read at one or several taps in one pass of the denoiser."""
+
+    maps: Mapping[str, Tensor]  # tap name -> [B, C, h, w], float, in the order in which they were asked for
+    timesteps: Tensor  # [B] the scheduler's timesteps, 0..999 for DDPM-style models
+
+    def __len__(self) -> int:
+        return self.timesteps.shape[0]

@@ -1,0 +1,1 @@
+"""Records from any source, box-safe transforms, and the stream of training examples."""

@@ -1,0 +1,156 @@
+"""From records to training examples: which caption, which expression, which negatives, in which order.
+
+Every choice is a function of (seed, epoch, index), never of a worker or a rank: the same epoch on one process or
+four, with any number of loader workers, shows the same examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dpt_t2i.data.records import Expression, Record
+from dpt_t2i.data.transforms import fit_square, to_pixels
+
+TRIES = 20  # draws for a random negative that is not the positive's own caption
+
+
+@dataclass(frozen=True)
+class Item:
+    """One example; pixels are float32 `[3, S, S]` in [-1, 1]."""
+
+    pixels: Tensor
+    hard_pixels: Tensor | None  # None: the source has no hard-negative image
+    random_pixels: Tensor
+    caption: str
+    hard_caption: str | None  # None: the source has no hard-negative caption
+    random_caption: str
+    expression: Expression | None  # None: nothing to ground
+    boxes: Tensor  # [n, 4] cxcywh in [0, 1], of the expression; n = 0 without one
+    record: int  # row of the source
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples. Where something is missing, its mask is False and its place is filled with zeros or ""."""
+
+    images: Tensor  # [B, 3, S, S] in [-1, 1]
+    hard_images: Tensor  # [B, 3, S, S]
+    random_images: Tensor  # [B, 3, S, S]
+    captions: tuple[str, ...]
+    hard_captions: tuple[str, ...]
+    random_captions: tuple[str, ...]
+    has_hard_image: Tensor  # [B] bool
+    has_hard_caption: Tensor  # [B] bool
+    expressions: tuple[str, ...]
+    spans: tuple[tuple[tuple[int, int], ...], ...]  # B x n_i character ranges of the expression, one a box
+    boxes: tuple[Tensor, ...]  # B tensors [n_i, 4] cxcywh in [0, 1]
+    records: tuple[int, ...]  # rows of the source
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def num_boxes(self) -> int:
+        return sum(len(boxes) for boxes in self.boxes)
+
+
+class Examples(Dataset[Item]):
+    """An endless stream over records: position p is example `order(epoch)[p % N]` of epoch `p // N`."""
+
+    def __init__(self, records: Sequence[Record], resolution: int, seed: int = 0) -> None:
+        if len(records) < 2:
+            raise ValueError("at least two records are needed: each is the other's random negative")
+        self.records, self.resolution, self.seed = records, resolution, seed
+
+    def __getitem__(self, position: int) -> Item:
+        epoch, place = divmod(position, len(self.records))
+        return self.item(epoch, int(_order(self.seed, epoch, len(self.records))[place]))
+
+    def item(self, epoch: int, row: int) -> Item:
+        """Record `row` as it is shown in an epoch."""
+        rng = np.random.default_rng([self.seed, epoch, row])
+        record = self.records[row]
+        caption = record.captions[int(rng.integers(len(record.captions)))]
+        expression = _choose(record.expressions, rng)
+        negative = _choose(record.negatives, rng) if record.negative_image is None else _first(record.negatives)
+        other, random_caption = self._other(row, caption, rng)
+        square, boxes = fit_square(record.load_image(), expression.boxes if expression else (), self.resolution)
+        hard = record.load_negative_image()
+        return Item(
+            pixels=to_pixels(square),
+            hard_pixels=None if hard is None else to_pixels(fit_square(hard, (), self.resolution)[0]),
+            random_pixels=to_pixels(fit_square(other.load_image(), (), self.resolution)[0]),
+            caption=caption,
+            hard_caption=negative.caption if negative else None,
+            random_caption=random_caption,
+            expression=expression,
+            boxes=boxes,
+            record=row,
+        )
+
+    def _other(self, row: int, caption: str, rng: np.random.Generator) -> tuple[Record, str]:
+        """A random negative: another record, and with another caption if one is found in 20 draws."""
+        for _ in range(TRIES):
+            index = int(rng.integers(len(self.records) - 1))
+            other = self.records[index + (index >= row)]
+            text = other.captions[int(rng.integers(len(other.captions)))]
+            if text != caption:
+                break
+        return other, text
+
+
+class MicroBatches:
+    """Positions of each micro-batch of this rank, from a given optimiser step on (a DataLoader's `batch_sampler`).
+
+    Micro-batch a of step s covers positions `[(s * A + a) * W * B, ...)`; rank r takes its r-th part of B.
+    """
+
+    def __init__(self, batch_size: int, accumulation: int, rank: int, world: int, first_step: int, steps: int) -> None:
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.micro = range(first_step * accumulation, steps * accumulation)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for micro in self.micro:
+            start = (micro * self.world + self.rank) * self.batch_size
+            yield list(range(start, start + self.batch_size))
+
+    def __len__(self) -> int:
+        return len(self.micro)
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Stack examples."""
+    blank = torch.zeros_like(items[0].pixels)
+    return Batch(
+        images=torch.stack([item.pixels for item in items]),
+        hard_images=torch.stack([blank if item.hard_pixels is None else item.hard_pixels for item in items]),
+        random_images=torch.stack([item.random_pixels for item in items]),
+        captions=tuple(item.caption for item in items),
+        hard_captions=tuple(item.hard_caption or "" for item in items),
+        random_captions=tuple(item.random_caption for item in items),
+        has_hard_image=torch.tensor([item.hard_pixels is not None for item in items]),
+        has_hard_caption=torch.tensor([item.hard_caption is not None for item in items]),
+        expressions=tuple(item.expression.text if item.expression else "" for item in items),
+        spans=tuple(item.expression.spans if item.expression else () for item in items),
+        boxes=tuple(item.boxes for item in items),
+        records=tuple(item.record for item in items),
+    )
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def _choose(choices: Sequence, rng: np.random.Generator):  # type: ignore[no-untyped-def, type-arg]
+    return choices[int(rng.integers(len(choices)))] if choices else None
+
+
+def _first(choices: Sequence):  # type: ignore[no-untyped-def, type-arg]
+    return choices[0] if choices else None

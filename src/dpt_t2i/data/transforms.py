@@ -1,0 +1,59 @@
+"""Box-safe geometry: a picture becomes a square without being squashed, and no box is lost on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+Box = tuple[float, float, float, float]
+
+
+def fit_square(image: Image.Image, boxes: Sequence[Box], size: int) -> tuple[Image.Image, Tensor]:
+    """Resize and crop to a square that keeps the boxes; letterbox where no square crop can.
+
+    The crop is the centre one, moved as little as the boxes ask for.
+
+    Args:
+        image: RGB, any size.
+        boxes: n boxes xywh in pixels of `image`.
+        size: side of the square in pixels.
+
+    Returns:
+        The square, and the boxes `[n, 4]` cxcywh in [0, 1] of it.
+    """
+    width, height = image.size
+    window = min(width, height)
+    left, top = (width - window) / 2, (height - window) / 2
+    if boxes:
+        x0, y0 = min(b[0] for b in boxes), min(b[1] for b in boxes)
+        x1, y1 = max(b[0] + b[2] for b in boxes), max(b[1] + b[3] for b in boxes)
+        if max(x1 - x0, y1 - y0) > window:  # no square crop holds them all
+            window = max(width, height)
+            left, top = (width - window) / 2, (height - window) / 2
+        else:
+            left, top = min(max(left, x1 - window), x0), min(max(top, y1 - window), y0)
+            left, top = min(max(left, 0), width - window), min(max(top, 0), height - window)
+    square = _cut(image, left, top, window, size)
+    scale = np.array([window] * 4, dtype=np.float64)
+    rows = [
+        np.array([x + w / 2 - left, y + h / 2 - top, w, h]) / scale for x, y, w, h in boxes
+    ]  # cxcywh, fractions of the window
+    return square, torch.tensor(np.array(rows).reshape(-1, 4), dtype=torch.float32).clamp(0, 1)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """RGB picture -> float32 `[3, H, W]` in [-1, 1]."""
+    array = np.asarray(image.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).div_(127.5).sub_(1.0).contiguous()
+
+
+def _cut(image: Image.Image, left: float, top: float, window: float, size: int) -> Image.Image:
+    if image.size == (size, size) and window == size:
+        return image
+    box = (round(left), round(top), round(left + window), round(top + window))
+    cropped = image.crop(box)  # beyond the border it is black: the letterbox
+    return cropped.resize((size, size), Image.Resampling.LANCZOS)

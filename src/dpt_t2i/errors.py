@@ -1,0 +1,11 @@
+"""The one error that is the user's to mend. Everything else is ours."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input: a missing file, an unknown key, a wrong base model, a NaN.
+
+    The message is one line that names the thing and the mend. The command line prints it to
+    stderr without a traceback and exits with code 2; code 1 means that the fault is ours.
+    """

@@ -1,0 +1,1 @@
+"""Does the model obey its prompts, and does the adapter understand what it sees? Numbers with intervals, as JSON."""

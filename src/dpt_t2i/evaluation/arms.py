@@ -1,0 +1,149 @@
+"""The arms of the alignment comparison, and the pairs worth comparing. Everything else is equal between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dpt_t2i.adapter.io import read_adapter_card
+from dpt_t2i.backbones.loading import choose_artifacts
+from dpt_t2i.config import AlignmentConfig, CorrectionConfig, GenerateConfig
+from dpt_t2i.errors import InputError
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of turning a prompt and a seed into an image."""
+
+    name: str
+    lora: str  # `none`, `dpt`, `control`, ...: a row of `_loras`
+    adapter: str = "none"  # a row of `_adapters`; it corrects and ranks, and changes no image otherwise
+    corrected: bool = False
+    best_of: int = 1  # candidates an image; the first has the seed itself, so it is the image of the arm without search
+    random_of: str | None = None  # the expectation of a blind pick among that arm's candidates; no images of its own
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("base", "none"),
+        Arm("base_correct", "none", "probe", corrected=True),
+        Arm("control", "control"),
+        Arm("control_compute", "control_compute"),
+        Arm("dpt", "dpt", "dpt"),
+        Arm("dpt_correct", "dpt", "dpt", corrected=True),
+        Arm("dpt_best4", "dpt", "dpt", best_of=4),
+        Arm("random4", "dpt", "dpt", best_of=4, random_of="dpt_best4"),
+        Arm("dpt_onpolicy", "onpolicy", "onpolicy"),
+    )
+}
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("dpt", "base"),
+    ("dpt", "control"),
+    ("dpt", "control_compute"),
+    ("control", "base"),
+    ("control_compute", "base"),
+    ("base_correct", "base"),
+    ("dpt_correct", "dpt"),
+    ("dpt_correct", "base"),
+    ("dpt_best4", "dpt"),
+    ("dpt_best4", "random4"),
+    ("dpt_best4", "base"),
+    ("dpt_onpolicy", "dpt"),
+    ("dpt_onpolicy", "base"),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an arm needs, found and checked before anything is made."""
+
+    lora: Path | None
+    adapter: Path | None
+    settings: GenerateConfig  # of one candidate: the search is done by the evaluation, which judges all candidates
+
+
+def choose_arms(names: Sequence[str]) -> list[Arm]:
+    """The named arms, in the order of the table.
+
+    Raises:
+        InputError: an unknown name, or an arm without the one whose candidates it picks from.
+    """
+    for name in names:
+        if name not in ARMS:
+            raise InputError(f"unknown arm `{name}`; there are {', '.join(ARMS)}")
+    for name in names:
+        needed = ARMS[name].random_of
+        if needed is not None and needed not in names:
+            raise InputError(f"arm `{name}` picks from the images of `{needed}`; add --arms {needed}")
+    return [arm for arm in ARMS.values() if arm.name in names]
+
+
+def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
+    """Find an arm's weights and settings.
+
+    Raises:
+        InputError: a LoRA or adapter that the arm needs was neither given nor ships, or no correction strength is
+            known.
+    """
+    base = config.model.pretrained_model_name_or_path
+    lora, adapter = choose_artifacts(base, _loras(config)[arm.lora], _adapters(config)[arm.adapter])
+    if arm.lora != "none" and lora is None:
+        raise InputError(f"arm `{arm.name}` needs a LoRA: give --{_FLAGS[arm.lora]}")
+    if (arm.corrected or arm.best_of > 1) and adapter is None:
+        raise InputError(f"arm `{arm.name}` needs an adapter: give --{_FLAGS[arm.adapter + '_adapter']}")
+    correction = _correction(config, adapter) if arm.corrected else CorrectionConfig()
+    search = config.search.model_copy(update={"best_of": 1})
+    settings = GenerateConfig(
+        model=config.model, sample=config.sample, correction=correction, search=search, seed=config.seed
+    )
+    return Recipe(lora, adapter, settings)
+
+
+_FLAGS = {
+    "dpt": "lora",
+    "control": "control_lora",
+    "control_compute": "control_compute_lora",
+    "onpolicy": "onpolicy_lora",
+    "dpt_adapter": "adapter",
+    "probe_adapter": "probe_adapter",
+    "onpolicy_adapter": "onpolicy_lora with an `adapter` folder beside it",
+}
+
+
+def _loras(config: AlignmentConfig) -> dict[str, str | None]:
+    """The `lora` setting of each source: a path, `none`, or None = what ships."""
+    return {
+        "none": "none",
+        "dpt": config.model.lora,
+        "control": _text(config.control_lora, "none"),
+        "control_compute": _text(config.control_compute_lora, "none"),
+        "onpolicy": _text(config.onpolicy_lora, "none"),
+    }
+
+
+def _adapters(config: AlignmentConfig) -> dict[str, str | None]:
+    """The `adapter` setting of each source; None = what ships with the base, or lies beside the LoRA."""
+    return {"none": "none", "dpt": config.model.adapter, "probe": _text(config.probe_adapter, None), "onpolicy": None}
+
+
+def _text(path: Path | None, otherwise: str | None) -> str | None:
+    return otherwise if path is None else str(path)
+
+
+def _correction(config: AlignmentConfig, adapter: Path | None) -> CorrectionConfig:
+    """The settings that were given, else those that are stored with the adapter under `correction`."""
+    if config.correction.correct > 0:
+        return config.correction
+    stored = read_adapter_card(adapter)["metadata"].get("correction") if adapter is not None else None
+    if not stored:
+        raise InputError(f"no correction strength: adapter {adapter} has none stored; give --correct, for instance 0.5")
+    try:
+        return CorrectionConfig.model_validate(stored)
+    except ValidationError as error:
+        raise InputError(
+            f"adapter {adapter}: its stored `correction` is not valid: {error.errors()[0]['msg']}"
+        ) from error

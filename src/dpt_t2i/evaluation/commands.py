@@ -1,0 +1,177 @@
+"""`dpt score` and `dpt evaluate`: from a config to numbers and files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dpt_t2i.config import AlignmentConfig, DiscriminationConfig, ModelConfig, ScoreConfig
+from dpt_t2i.data.sources import open_records
+from dpt_t2i.errors import InputError
+from dpt_t2i.evaluation.alignment import run_arms
+from dpt_t2i.evaluation.examples import EvalExample, examples_of
+from dpt_t2i.evaluation.itm import itm_scores, itm_summary
+from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
+from dpt_t2i.evaluation.rec import rec_oracle, rec_ranks, rec_summary
+from dpt_t2i.evaluation.scoring import judge_image
+from dpt_t2i.sampling.annotate import annotate
+from dpt_t2i.sampling.model import T2IModel, load_model
+from dpt_t2i.sampling.scoring import MatchScorer
+
+
+def run_score(config: ScoreConfig, image: Path, prompt: str) -> dict[str, Any]:
+    """Score a picture against a prompt; writes `score.json` and the picture with the phrases' boxes.
+
+    Raises:
+        InputError: the picture cannot be read, there is no adapter, or the prompt is empty.
+    """
+    picture = _open_image(image)
+    judged = judge_image(_open(config.model), picture, prompt, config.score_timestep, config.score_draws, config.seed)
+    annotated = config.output_dir / f"{image.stem}_annotated.png"
+    result = {
+        "prompt": prompt,
+        "image": str(image),
+        "score": judged.score,
+        "phrases": [asdict(evidence) for evidence in judged.phrases],
+        "annotated": str(annotated),
+        "settings": config.model_dump(mode="json"),
+        "versions": versions(),
+    }
+    write_json(config.output_dir / "score.json", result)
+    annotate(picture, judged.marks()).save(annotated)
+    lines = [f"score {judged.score:+.3f}  {prompt}"]
+    for e in judged.phrases:
+        box = ", ".join(f"{value:.0f}" for value in e.box)
+        lines.append(f"  {e.phrase}: box ({box}), confidence {e.confidence:.2f}, alone {e.score:+.3f}")
+    return result | {"summary": lines}
+
+
+def run_alignment(config: AlignmentConfig) -> dict[str, Any]:
+    """Compare arms on a prompt suite; see `alignment.run_arms`."""
+    model = config.model
+
+    def open_model(lora: Path | None, adapter: Path | None) -> T2IModel:
+        return load_model(
+            model.pretrained_model_name_or_path,
+            str(lora or "none"),
+            str(adapter or "none"),
+            model.device,
+            model.dtype,
+            model.revision,
+        )
+
+    result = run_arms(config, open_model)
+    return result | {"summary": _alignment_lines(result) if result else []}
+
+
+def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
+    """Image-text matching accuracy on held-out records; writes `itm.json` and every score to `itm_scores.jsonl`.
+
+    Raises:
+        InputError: no adapter, no record with a hard negative, or a NaN (names the example).
+    """
+    scorer, examples = _scorer(config), _examples(config)
+    rows = itm_scores(
+        scorer, examples(), _timesteps(config, scorer), seed=config.seed, batch_size=config.eval_batch_size
+    )
+    summary = itm_summary(rows)
+    if not any("text" in accuracies or "image" in accuracies for accuracies in summary.values()):
+        raise InputError(f"data set `{config.data.dataset}` has no hard negatives; give records with `negatives`")
+    write_rows(config.output_dir / "itm_scores.jsonl", (asdict(row) for row in rows))
+    result = {"timesteps": summary} | _origin(config, len({row.id for row in rows}))
+    write_json(config.output_dir / "itm.json", result)
+    return result | {"summary": _lines(summary, ("text", "image", "both"))}
+
+
+def run_rec(config: DiscriminationConfig) -> dict[str, Any]:
+    """Grounding precision on held-out records, beside the learning-free oracle; writes `rec.json`, `rec_ranks.jsonl`.
+
+    Raises:
+        InputError: no adapter, no record with an expression, or a NaN (names the example).
+    """
+    scorer, examples = _scorer(config), _examples(config)
+    timesteps = _timesteps(config, scorer)
+    how = {"seed": config.seed, "batch_size": config.eval_batch_size}
+    rows = rec_ranks(scorer, examples(), timesteps, **how)
+    if not rows:
+        raise InputError(f"data set `{config.data.dataset}` has no expressions; give records with `expressions`")
+    summary = rec_summary(rows)
+    oracle = rec_summary(rec_oracle(scorer.backbone, examples(), timesteps, **how), at=(1,))
+    write_rows(config.output_dir / "rec_ranks.jsonl", (asdict(row) for row in rows))
+    result = {"timesteps": summary, "oracle": oracle} | _origin(config, len({row.id for row in rows}))
+    write_json(config.output_dir / "rec.json", result)
+    lines = _lines(summary, ("precision@1", "precision@5", "precision@10"))
+    return result | {"summary": lines + [f"oracle, {line}" for line in _lines(oracle, ("precision@1",))]}
+
+
+def _open(model: ModelConfig) -> T2IModel:
+    return load_model(
+        model.pretrained_model_name_or_path, model.lora, model.adapter, model.device, model.dtype, model.revision
+    )
+
+
+def _scorer(config: DiscriminationConfig) -> MatchScorer:
+    scorer = _open(config.model).scorer
+    if scorer is None:
+        raise InputError("this evaluation needs an adapter; give `adapter`, or a base that ships one")
+    return scorer
+
+
+def _timesteps(config: DiscriminationConfig, scorer: MatchScorer) -> tuple[int, ...]:
+    for timestep in config.timesteps:
+        if not 0 <= timestep < scorer.backbone.num_train_timesteps:
+            raise InputError(f"timestep {timestep} is not in 0..{scorer.backbone.num_train_timesteps - 1}")
+    return config.timesteps
+
+
+def _examples(config: DiscriminationConfig) -> Callable[[], Iterable[EvalExample]]:
+    """The held-out examples, read anew at each call: they may not fit in memory."""
+    records = open_records(config.data, "val")
+    return lambda: examples_of(records, config.data.resolution)
+
+
+def _origin(config: DiscriminationConfig, examples: int) -> dict[str, Any]:
+    return {
+        "examples": examples,
+        "settings": config.model_dump(mode="json"),
+        "command": command_line(),
+        "versions": versions(),
+    }
+
+
+def _open_image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"cannot read image {path}: {error}; give a PNG or JPEG file") from error
+
+
+def _lines(summary: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    lines = []
+    for timestep, numbers in summary.items():
+        shares = [
+            f"{name} {100 * numbers[name]['accuracy']:.1f} % "
+            f"[{100 * numbers[name]['low']:.1f}, {100 * numbers[name]['high']:.1f}]"
+            for name in names
+            if name in numbers
+        ]
+        lines.append(f"timestep {timestep}: " + ", ".join(shares))
+    return lines
+
+
+def _alignment_lines(result: Mapping[str, Any]) -> list[str]:
+    width = max(len(name) for name in result["arms"])
+    lines = [
+        f"{result['suite']}: {result['prompts']} prompts, seeds {', '.join(map(str, result['seeds']))}; right images, %"
+    ]
+    for name, numbers in result["arms"].items():
+        parts = ", ".join(f"{key} {100 * numbers[key]:.1f}" for key in result["categories"])
+        lines.append(f"{name:<{width}}  {100 * numbers['overall']:5.1f}  ({parts})")
+    for pair, d in result["differences"].items():
+        lines.append(f"{pair}: {100 * d['mean']:+.1f} points, 95 % [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]")
+    return lines

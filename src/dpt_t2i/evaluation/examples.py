@@ -1,0 +1,71 @@
+"""What the discriminative evaluations read: one fixed view of each record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.data.records import Record
+from dpt_t2i.data.transforms import fit_square, to_pixels
+from dpt_t2i.sampling.noise import shared_noise
+
+
+@dataclass(frozen=True)
+class EvalExample:
+    """One held-out example; pixels are float32 `[3, S, S]` in [-1, 1]."""
+
+    id: str
+    pixels: Tensor
+    caption: str
+    hard_pixels: Tensor | None = None  # an image of which the hard caption is true and the caption is not
+    hard_caption: str | None = None
+    rule: str = "unknown"  # how the hard caption was made
+    expression: str | None = None  # a text that names the boxes
+    boxes: Tensor | None = None  # [n, 4] cxcywh in [0, 1]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive examples with their latents and noise."""
+
+    start: int  # number of the first one
+    examples: Sequence[EvalExample]
+    latents: Tensor  # [B, C, h, w] clean, the posterior's mean
+    noise: Tensor  # [B, C, h, w]
+
+
+def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExample]:
+    """The first caption and negative of every record, and its first expression that names one thing alone.
+
+    A record whose expressions all name several things gives the first of them.
+    """
+    for record in records:
+        expression = next((e for e in record.expressions if len(e.boxes) == 1), next(iter(record.expressions), None))
+        square, boxes = fit_square(record.load_image(), expression.boxes if expression else (), resolution)
+        hard = record.load_negative_image()
+        negative = next(iter(record.negatives), None)
+        yield EvalExample(
+            id=f"{record.source}/{record.id}",
+            pixels=to_pixels(square),
+            caption=record.captions[0],
+            hard_pixels=None if hard is None else to_pixels(fit_square(hard, (), resolution)[0]),
+            hard_caption=negative.caption if negative else None,
+            rule=negative.rule if negative else "unknown",
+            expression=expression.text if expression else None,
+            boxes=boxes if expression else None,
+        )
+
+
+def chunks(backbone: Backbone, examples: Iterable[EvalExample], batch_size: int, seed: int) -> Iterator[Chunk]:
+    """Encode examples in groups. The noise of an example follows from (seed, its number), whatever the group size."""
+    remaining, start = iter(examples), 0
+    while group := list(islice(remaining, batch_size)):
+        latents = backbone.encode_image(torch.stack([e.pixels for e in group]).to(backbone.device))
+        noise = torch.stack([shared_noise(seed, start + i, latents.shape[1:]) for i in range(len(group))])
+        yield Chunk(start, group, latents, noise.to(latents))
+        start += len(group)

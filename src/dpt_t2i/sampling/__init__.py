@@ -1,0 +1,1 @@
+"""From noise to images: self-correction, search over seeds with the model's own score, seeded generation."""

@@ -1,0 +1,99 @@
+"""`dpt generate`: from its config to a generation folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpt_t2i.config import GenerateConfig
+from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.folder import write_generation
+from dpt_t2i.sampling.generate import jobs_of
+from dpt_t2i.sampling.model import load_model
+
+
+def run_generate(config: GenerateConfig) -> dict[str, Any]:
+    """Make the images, or what is missing of them. Returns a summary, plain JSON.
+
+    Raises:
+        InputError: no prompt, a broken prompts file, seeds that cannot be read, or anything that `load_model` or the
+            sampler refuses.
+    """
+    jobs = jobs_of(read_prompts(config), parse_seeds(config.seeds))
+    settings = config.model
+    model = load_model(
+        settings.pretrained_model_name_or_path,
+        settings.lora,
+        settings.adapter,
+        settings.device,
+        settings.dtype,
+        settings.revision,
+    )
+    decisive = model.settings(config)
+    arm = arm_name(config, has_lora=decisive["lora"] is not None)
+    rows = write_generation(config.output_dir, jobs, lambda missing: model.run(missing, config), decisive, arm)
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    return {
+        "images": len(rows),
+        "mean_score": sum(scores) / len(scores) if scores else None,
+        "output_dir": str(config.output_dir),
+        "files": [row["file"] for row in rows],
+    }
+
+
+def arm_name(config: GenerateConfig, has_lora: bool) -> str:
+    """What a comparison calls this way of generating: `base`, `tuned+correct`, `tuned+best_of_4`, ..."""
+    parts = ["tuned" if has_lora else "base"]
+    if config.correction.correct > 0:
+        parts.append("correct")
+    if config.search.best_of > 1:
+        parts.append(f"best_of_{config.search.best_of}")
+    return "+".join(parts)
+
+
+def read_prompts(config: GenerateConfig) -> list[str]:
+    """The prompts given one by one, then those of the file.
+
+    Raises:
+        InputError: file missing, not UTF-8, or a line of a .jsonl without `prompt` (names the line).
+    """
+    return [*config.prompt, *(_read_file(config.prompts_file) if config.prompts_file is not None else [])]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0`, `0,3,7` or `0-3` (both ends), in any mix; a seed given twice counts once.
+
+    Raises:
+        InputError: it is none of that.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise InputError(
+                f"seeds `{text}`: `{part.strip()}` is neither a number nor a range; write `0`, `0,3,7`, `0-3`"
+            )
+        seeds.extend(range(int(first), int(last) + 1) if dash else [int(first)])
+    return list(dict.fromkeys(seeds))
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompts file {path} cannot be read: {error}") from error
+    texts = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if path.suffix != ".jsonl":
+        return [text for _, text in texts]
+    return [_prompt_of(path, number, text) for number, text in texts]
+
+
+def _prompt_of(path: Path, number: int, text: str) -> str:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"prompts file {path}, line {number}: no JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise InputError(f"prompts file {path}, line {number}: no text under `prompt`")
+    return str(row["prompt"])

@@ -1,0 +1,55 @@
+"""Self-correction of one latent: a step up the gradient of the model's own matching score (method section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dpt_t2i.backbones.types import TextStates
+from dpt_t2i.errors import InputError
+
+Scorer = Callable[[Tensor, Tensor, TextStates], Tensor]  # (z_t [B, C, h, w], t [B], text) -> scores [B]
+Rule = Literal["fixed", "relative"]
+
+
+def correct(
+    latents: Tensor, timesteps: Tensor, text: TextStates, *, score: Scorer, strength: float, rule: Rule = "fixed"
+) -> tuple[Tensor, Tensor]:
+    """z_t -> z^_t, and the score of z_t.
+
+    `fixed`: z + strength * g, the paper's. `relative`: z + strength * |z| * g / |g| with the norms of each sample, so
+    that the strength means the same for every model; a zero gradient leaves the sample as it is.
+
+    Args:
+        latents: the denoiser's input `[B, C, h, w]` (after `scale_model_input`).
+        timesteps: `[B]`.
+        text: B texts to obey.
+
+    Returns:
+        `[B, C, h, w]` and `[B]`, both float32 without a graph. Gradient mode is the function's own affair: it may be
+        called under `torch.no_grad`.
+
+    Raises:
+        InputError: called under `torch.inference_mode`, or the gradient is not finite (names the step).
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError("self-correction needs gradients; call it under torch.no_grad, not torch.inference_mode")
+    with torch.enable_grad():
+        point = latents.detach().float().clone().requires_grad_(True)
+        scores = score(point, timesteps, text)
+        (gradient,) = torch.autograd.grad(scores.sum(), point)
+    if not bool(torch.isfinite(gradient).all()):
+        step = float(timesteps.flatten()[0])
+        raise InputError(f"self-correction: the gradient at timestep {step:g} is NaN or infinite; use dtype float32")
+    return _step(point.detach(), gradient, strength, rule), scores.detach().float()
+
+
+def _step(point: Tensor, gradient: Tensor, strength: float, rule: Rule) -> Tensor:
+    if rule == "fixed":
+        return point + strength * gradient
+    length, slope = (value.flatten(1).norm(dim=1)[:, None, None, None] for value in (point, gradient))
+    direction = torch.where(slope > 0, gradient / torch.where(slope > 0, slope, 1.0), 0.0)
+    return point + strength * length * direction

@@ -1,0 +1,124 @@
+"""The generation folder: one PNG an image, which carries its own settings; a manifest; a contact sheet.
+
+    images/{prompt:05d}_{seed}.png   settings as JSON in the text chunk `parameters`
+    manifest.jsonl                   file prompt_index prompt seed arm score settings
+    contact_sheet.png
+
+A run that was stopped goes on image by image: a whole PNG made with the same settings is kept, anything else is made
+again. Every file appears in one move, never half written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from dpt_t2i.sampling.contact_sheet import contact_sheet
+from dpt_t2i.sampling.generate import Generated, Job
+
+CHUNK = "parameters"
+MANIFEST = "manifest.jsonl"
+
+
+def write_generation(
+    folder: Path,
+    jobs: Sequence[Job],
+    make: Callable[[Sequence[Job]], Iterable[Generated]],
+    settings: Mapping[str, Any],
+    arm: str,
+) -> list[dict[str, Any]]:
+    """Make what is missing of `jobs` and describe all of them.
+
+    Args:
+        make: gives the images of some of the jobs, in their order (`generate` or a search, with all else bound).
+        settings: plain JSON of all that decides an image beside prompt and seed; a difference means "make it again".
+        arm: name of this way of generating, for comparisons.
+
+    Returns:
+        The rows of the manifest, in the order of `jobs`.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows: dict[Job, dict[str, Any]] = {}
+    missing: list[Job] = []
+    for job in jobs:
+        result = _finished(folder / image_file(job), _wanted(job, settings))
+        if result is None:
+            missing.append(job)
+        else:
+            rows[job] = _row(job, settings, arm, result)
+    _write_manifest(folder, list(rows.values()))
+    if missing:
+        with (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
+            for job, image in zip(missing, make(missing), strict=True):
+                result = {"score": image.score, "noise_seed": image.job.noise_seed}
+                _save_png(folder / image_file(job), image.image, {**_wanted(job, settings), "result": result})
+                rows[job] = _row(job, settings, arm, result)
+                manifest.write(json.dumps(rows[job]) + "\n")
+                manifest.flush()
+    ordered = [rows[job] for job in jobs]
+    _write_manifest(folder, ordered)
+    _save_png(folder / "contact_sheet.png", contact_sheet(folder, ordered))
+    return ordered
+
+
+def image_file(job: Job) -> str:
+    """Path of a job's image, relative to the generation folder."""
+    return f"images/{job.prompt_index:05d}_{job.seed}.png"
+
+
+def read_parameters(path: Path) -> dict[str, Any] | None:
+    """What a PNG says of its own making; None if it is missing, damaged, cut short, or not one of ours."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # a cut file opens well enough; only its pixels tell
+            parameters = json.loads(image.info[CHUNK])
+    except (OSError, SyntaxError, ValueError, KeyError):
+        return None
+    return parameters if isinstance(parameters, dict) else None
+
+
+def _wanted(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompt": job.prompt, "seed": job.seed, "settings": dict(settings)}
+
+
+def _finished(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result stored in a whole image that was made as wanted; None if it must be made."""
+    stored = read_parameters(path)
+    same_json = json.loads(json.dumps(wanted))  # tuples come back from JSON as lists
+    if stored is None or any(stored.get(key) != value for key, value in same_json.items()):
+        return None
+    result: dict[str, Any] | None = stored.get("result")
+    return result
+
+
+def _row(job: Job, settings: Mapping[str, Any], arm: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "file": image_file(job),
+        "prompt_index": job.prompt_index,
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "arm": arm,
+        "score": result["score"],
+        "settings": {**settings, "noise_seed": result["noise_seed"]},
+    }
+
+
+def _save_png(path: Path, image: Image.Image, parameters: Mapping[str, Any] | None = None) -> None:
+    info = PngInfo()
+    if parameters is not None:
+        info.add_text(CHUNK, json.dumps(parameters))
+    unfinished = path.with_suffix(".partial")
+    image.save(unfinished, format="PNG", pnginfo=info)
+    os.replace(unfinished, path)
+
+
+def _write_manifest(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    unfinished = folder / f"{MANIFEST}.partial"
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(unfinished, folder / MANIFEST)

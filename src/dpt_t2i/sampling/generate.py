@@ -1,0 +1,117 @@
+"""Seeded generation: an image depends on the weights, its prompt, its seed and the settings, and on nothing else.
+
+Batches share nothing: each image has its own generator on the CPU, each text is encoded alone, padded to the full
+length. What is left between batch sizes is the rounding of the kernels (about 1e-6 of a latent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.types import TextStates
+from dpt_t2i.config import CorrectionConfig, SampleConfig
+from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.correct import Scorer
+from dpt_t2i.sampling.images import to_pil
+from dpt_t2i.sampling.loop import sample
+from dpt_t2i.sampling.noise import initial_noise
+from dpt_t2i.sampling.scoring import Judge
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to be made."""
+
+    prompt_index: int
+    prompt: str
+    seed: int  # what the user asked for and the file is named by
+    noise_seed: int  # of the initial noise: `seed`, or the candidate of a search
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One image that was made."""
+
+    job: Job
+    image: Image.Image
+    latents: Tensor  # [C, h, w] final latents, float32 on the CPU
+    score: float | None  # matching score of the final latents, None without a judge
+
+
+def jobs_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Every prompt with every seed, prompt by prompt.
+
+    Raises:
+        InputError: no prompt, no seed, or a negative one.
+    """
+    if not prompts or not seeds:
+        raise InputError("nothing to generate: give at least one prompt and one seed")
+    if min(seeds) < 0:
+        raise InputError(f"seed {min(seeds)} is negative; seeds are 0 or more")
+    return [Job(index, prompt, seed, seed) for index, prompt in enumerate(prompts) for seed in seeds]
+
+
+def generate(
+    backbone: Backbone,
+    jobs: Sequence[Job],
+    settings: SampleConfig,
+    correction: CorrectionConfig | None = None,
+    scorer: Scorer | None = None,
+    judge: Judge | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Iterator[Generated]:
+    """Make the images of `jobs`, in order, `settings.batch_size` at a time.
+
+    Args:
+        correction: None = off.
+        scorer: what the correction climbs.
+        judge: scores the finished latents; None leaves `score` empty.
+        height, width: pixels; default the model's own.
+
+    Raises:
+        InputError: a size that the VAE cannot give, or an image with NaN (names prompt and seed).
+    """
+    shape = latent_shape(backbone, height, width)
+    correction = correction or CorrectionConfig()
+    negative = backbone.encode_text([settings.negative_prompt])
+    texts: dict[str, TextStates] = {}
+    for start in range(0, len(jobs), settings.batch_size):
+        batch = jobs[start : start + settings.batch_size]
+        # Only this batch's texts are kept: a suite of 30 000 prompts would fill the memory.
+        texts = {job.prompt: texts.get(job.prompt) or backbone.encode_text([job.prompt]) for job in batch}
+        text = TextStates.cat([texts[job.prompt] for job in batch])
+        null = negative.select(torch.zeros(len(batch), dtype=torch.long, device=backbone.device))
+        noise = torch.stack([initial_noise(job.noise_seed, shape) for job in batch])
+        latents = sample(backbone, text, null, noise, settings, correction, scorer)
+        with torch.no_grad():
+            pixels = backbone.decode_image(latents)
+        _check_finite(batch, latents, pixels)
+        scores = [None] * len(batch) if judge is None else judge(latents, text).tolist()
+        for job, image, latent, score in zip(batch, to_pil(pixels), latents.cpu(), scores, strict=True):
+            yield Generated(job, image, latent, score)
+
+
+def latent_shape(backbone: Backbone, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """(C, h, w) of an image's latents. Raises `InputError` where a side is no multiple of the VAE's scale."""
+    sides = (height or backbone.image_size[0], width or backbone.image_size[1])
+    for name, side in zip(("height", "width"), sides, strict=True):
+        if side <= 0 or side % backbone.vae_scale:
+            raise InputError(f"{name} {side} must be a positive multiple of {backbone.vae_scale}")
+    return backbone.latent_channels, sides[0] // backbone.vae_scale, sides[1] // backbone.vae_scale
+
+
+def _check_finite(batch: Sequence[Job], latents: Tensor, pixels: Tensor) -> None:
+    finite = torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(pixels).flatten(1).all(1)
+    for job, ok in zip(batch, finite.tolist(), strict=True):
+        if not ok:
+            raise InputError(
+                f"the image of prompt `{job.prompt}` with seed {job.noise_seed} is NaN; lower the correction or the "
+                "guidance, or use dtype float32"
+            )

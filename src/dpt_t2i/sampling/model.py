@@ -1,0 +1,160 @@
+"""A text-to-image model with what was learned on it: what `dpt_t2i.load` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dpt_t2i.adapter.io import load_adapter
+from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.backbones.fingerprint import lora_hash, weights_hash
+from dpt_t2i.backbones.loading import choose_artifacts, load_backbone
+from dpt_t2i.backbones.lora import load_lora
+from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
+from dpt_t2i.config import GenerateConfig, build_config
+from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.evidence import PhraseBox, phrase_boxes
+from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of
+from dpt_t2i.sampling.images import Placement, letterbox
+from dpt_t2i.sampling.noise import shared_noise
+from dpt_t2i.sampling.scoring import Judge, MatchScorer
+from dpt_t2i.sampling.search import best_of
+
+DENOISER_TEXT = "denoiser"  # `adapter.grounding_text`: token positions are those of the T2I model's own tokenizer
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """How well an image obeys a prompt, in the model's own eyes."""
+
+    score: float  # matching score in [-1, 1]; compare it between images or prompts, its zero means nothing
+    phrases: tuple[PhraseBox, ...]  # what was found, best first; boxes in pixels of the given image
+
+
+class T2IModel:
+    """Backbone, LoRA (inside the backbone) and adapter, ready to generate and to judge."""
+
+    def __init__(self, backbone: StableDiffusionBackbone, adapter: DiscriminativeAdapter | None = None) -> None:
+        self.backbone = backbone
+        self.adapter = adapter
+        self.scorer: MatchScorer | None = None
+        if adapter is not None:
+            taps = [backbone.parse_taps(name)[0] for name in adapter.tap_channels]
+            self.scorer = MatchScorer(backbone, adapter, taps)
+
+    @property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline, with the LoRA in it."""
+        return self.backbone.pipeline
+
+    def generate(
+        self, prompts: str | Sequence[str], seeds: int | Sequence[int] = 0, **settings: Any
+    ) -> list[Image.Image]:
+        """Every prompt with every seed, prompt by prompt.
+
+        Args:
+            settings: any setting of `dpt generate` by its flag's name: `steps=20, guidance_scale=5, correct=0.5,
+                best_of=4, height=64`.
+
+        Raises:
+            InputError: an unknown setting (names the nearest), or one that needs an adapter where there is none.
+        """
+        config = build_config(GenerateConfig, overrides=settings)
+        jobs = jobs_of(
+            [prompts] if isinstance(prompts, str) else list(prompts), [seeds] if isinstance(seeds, int) else list(seeds)
+        )
+        return [made.image for made in self.run(jobs, config)]
+
+    def run(self, jobs: Sequence[Job], config: GenerateConfig) -> Iterable[Generated]:
+        """The images of `jobs` as `config` says; scored if there is an adapter, the best of several if it asks so."""
+        judge = self.judge(config.search.score_timestep, config.search.score_draws, config.seed)
+        how = (config.sample, config.correction, self.scorer)
+        if config.search.best_of == 1:
+            yield from generate(self.backbone, jobs, *how, judge, config.height, config.width)
+            return
+        if judge is None:
+            raise InputError("`best_of` > 1 ranks by the matching score and needs an adapter; give `adapter`")
+        for result in best_of(self.backbone, jobs, config.search.best_of, judge, *how, config.height, config.width):
+            yield result.best
+
+    def judge(self, timestep: int, draws: int, seed: int) -> Judge | None:
+        """A judge of finished images, None without an adapter."""
+        return None if self.scorer is None else Judge(self.scorer, timestep, draws, seed)
+
+    def score(self, image: Image.Image, prompt: str, timestep: int = 250, draws: int = 4, seed: int = 0) -> PromptScore:
+        """Score an image of any size against a prompt, and say where its words were found.
+
+        Args:
+            timestep: noise level at which the image is judged.
+            draws: fixed noises over which the score is averaged; the boxes are from the first.
+
+        Raises:
+            InputError: there is no adapter.
+        """
+        if self.scorer is None or self.adapter is None:
+            raise InputError("scoring needs an adapter; load the model with `adapter`")
+        height, width = self.backbone.image_size
+        pixels, placement = letterbox(image, height, width)
+        text = self.backbone.encode_text([prompt])
+        with torch.no_grad():
+            latents = self.backbone.encode_image(pixels.to(self.backbone.device))
+            score = float(self.scorer.score_images(latents, text, timestep, draws, seed)[0])
+            timesteps = torch.full((1,), timestep, device=latents.device)
+            noise = shared_noise(seed, 0, latents.shape[1:]).to(latents.device)[None]
+            output = self.scorer.read(self.backbone.add_noise(latents, noise, timesteps), timesteps, text)
+        found = phrase_boxes(output, self._offsets(prompt), prompt, width, height)
+        return PromptScore(score, tuple(_place(phrase, placement) for phrase in found))
+
+    def settings(self, config: GenerateConfig) -> dict[str, Any]:
+        """Plain JSON of all that decides an image beside prompt and seed: weights by hash, every setting by value."""
+        height, width = self.backbone.image_size
+        return {
+            "base": {"name": self.backbone.name, "weights": weights_hash(self.backbone.denoiser)},
+            "lora": lora_hash(self.backbone.denoiser),
+            "adapter": None if self.adapter is None else weights_hash(self.adapter),
+            "height": config.height or height,
+            "width": config.width or width,
+            "sample": config.sample.model_dump(mode="json", exclude={"batch_size"}),  # it never changes an image
+            "correction": config.correction.model_dump(mode="json"),
+            "search": {**config.search.model_dump(mode="json"), "seed": config.seed},
+        }
+
+    def _offsets(self, prompt: str) -> list[tuple[int, int]]:
+        assert self.adapter is not None
+        name = self.adapter.config.grounding_text
+        if name == DENOISER_TEXT:
+            return self.backbone.token_offsets([prompt])[0]
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return [(start, end) for start, end in tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]]
+
+
+def load_model(
+    base: str = "bundled",
+    lora: str | None = None,
+    adapter: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    revision: str | None = None,
+) -> T2IModel:
+    """See `dpt_t2i.load`; `dtype` is that of the frozen weights."""
+    backbone = load_backbone(base, revision, device, dtype)
+    lora_path, adapter_path = choose_artifacts(base, lora, adapter)
+    if lora_path is not None:
+        load_lora(backbone, lora_path)
+    return T2IModel(backbone, None if adapter_path is None else _load_adapter(backbone, adapter_path))
+
+
+def _place(found: PhraseBox, placement: Placement) -> PhraseBox:
+    left, top, right, bottom = placement.to_picture(torch.tensor(found.box)).tolist()
+    return replace(found, box=(left, top, right, bottom))
+
+
+def _load_adapter(backbone: StableDiffusionBackbone, folder: Path) -> DiscriminativeAdapter:
+    return load_adapter(folder, backbone.device, backbone.fingerprint())[0]

@@ -1,0 +1,65 @@
+"""Samplers from diffusers, made from the pipeline's own noise schedule, and how a correction enters their state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpt_t2i.backbones.interface import Backbone
+
+
+def make_scheduler(backbone: Backbone, name: str, steps: int) -> Any:
+    """A fresh scheduler `name` (`ddim`, `euler`, `dpm++`, `unipc`) with its timesteps set, all deterministic."""
+    import diffusers
+
+    classes = {
+        "ddim": diffusers.DDIMScheduler,
+        "euler": diffusers.EulerDiscreteScheduler,
+        "dpm++": diffusers.DPMSolverMultistepScheduler,
+        "unipc": diffusers.UniPCMultistepScheduler,
+    }
+    # Latents are not pixels: DDIM's default of clipping z_0 to [-1, 1] is wrong for them. diffusers' pipelines mend the
+    # config of old checkpoints in the same way.
+    latent = {"clip_sample": False} if name == "ddim" else {}
+    scheduler = classes[name].from_config(backbone.pipeline.scheduler.config, **latent)
+    scheduler.set_timesteps(steps, device=backbone.device)
+    return scheduler
+
+
+def input_scale(scheduler: Any, timestep: Tensor) -> Tensor:
+    """[] factor between the sampler's latents and the denoiser's input: 1 for most, 1/sqrt(sigma^2 + 1) for Euler."""
+    one: Tensor = scheduler.scale_model_input(torch.ones((), device=timestep.device), timestep)
+    return one
+
+
+def shift_memory(scheduler: Any, shift: Tensor) -> None:
+    """Move what a multi-step sampler remembers along with the present latent, which moves by `shift` [B, C, h, w].
+
+    UniPC does not step from the latent that it is given: its corrector rebuilds it from `last_sample`, the latent of
+    the step before, and would undo the correction. And both UniPC and DPM++ take a jump between the remembered and the
+    present estimate of z_0 for the path's curvature, and overshoot. So the remembered path moves as a whole, the noise
+    unchanged: with z = a z_0 + s noise, every z_0 by shift / a_now, every latent by that times its own a.
+    """
+    if getattr(scheduler, "step_index", None) is None or not hasattr(scheduler, "model_outputs"):
+        return
+    now, before = (scheduler.sigmas[scheduler.step_index - back] for back in (0, 1))
+    clean_shift = shift / _alpha(now)
+    if _remembers_clean(scheduler):
+        scheduler.model_outputs = [
+            None if output is None else output + clean_shift for output in scheduler.model_outputs
+        ]
+    if getattr(scheduler, "last_sample", None) is not None:
+        scheduler.last_sample = scheduler.last_sample + clean_shift * _alpha(before)
+
+
+def _alpha(sigma: Tensor) -> Tensor:
+    """Signal scale a of a variance-preserving latent, where sigma = s / a and a^2 + s^2 = 1."""
+    return torch.rsqrt(1 + sigma**2)
+
+
+def _remembers_clean(scheduler: Any) -> bool:
+    """Does the memory hold estimates of z_0 (the default of both samplers), or of the noise?"""
+    config = scheduler.config
+    return bool(config.get("predict_x0", "dpmsolver++" in config.get("algorithm_type", "")))

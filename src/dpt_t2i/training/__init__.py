@@ -1,0 +1,1 @@
+"""Two short recipes, `probe` and `tune`, over one engine."""

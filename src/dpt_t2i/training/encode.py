@@ -1,0 +1,101 @@
+"""From a batch of pixels and words to what the denoiser and the adapter read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpt_t2i.adapter.grounding_text import GroundingTextEncoder
+from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.types import TextStates
+from dpt_t2i.data.examples import Batch
+from dpt_t2i.errors import InputError
+from dpt_t2i.objectives.positions import positive_map
+from dpt_t2i.objectives.types import GroundingTargets
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """B examples on the device. Rows of `latents` and of `text` are shared by all that show the same thing."""
+
+    latents: Tensor  # [3 B, C, h, w]: the examples' images, the hard negatives', the random ones'
+    text: TextStates  # U distinct texts
+    caption: Tensor  # [B] rows of `text`
+    hard_caption: Tensor  # [B]
+    random_caption: Tensor  # [B]
+    expression: Tensor  # [B]
+    null: Tensor  # [1] row of the empty text
+    has_hard_image: Tensor  # [B] bool
+    has_hard_caption: Tensor  # [B] bool
+    grounding_tokens: Tensor  # [B, L, D] token states of the expressions, of the grounding encoder
+    grounding_mask: Tensor  # [B, L] bool
+    targets: GroundingTargets
+    records: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.caption)
+
+
+class Encoder:
+    """Frozen encoders of images and texts. Images are encoded to the mean of the VAE's posterior.
+
+    Args:
+        backbone: the T2I model.
+        num_token_classes: K of the soft-token classifier.
+        grounding: encoder of expressions; None = the T2I model's own token states.
+    """
+
+    def __init__(self, backbone: Backbone, num_token_classes: int, grounding: GroundingTextEncoder | None) -> None:
+        self.backbone, self.num_token_classes, self.grounding = backbone, num_token_classes, grounding
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Encoded:
+        """Encode one batch: images in one pass, every distinct text once.
+
+        Raises:
+            InputError: the spans of an expression touch no token.
+        """
+        device = self.backbone.device
+        images = torch.cat([batch.images, batch.hard_images, batch.random_images]).to(device)
+        columns = (batch.captions, batch.hard_captions, batch.random_captions, batch.expressions)
+        texts = list(dict.fromkeys(["", *(text for column in columns for text in column)]))
+        row = {text: index for index, text in enumerate(texts)}
+        rows = [torch.tensor([row[text] for text in column], device=device) for column in columns]
+        states = self.backbone.encode_text(texts)
+        tokens, mask, offsets = self._ground(batch.expressions, states, rows[3])
+        return Encoded(
+            latents=self.backbone.encode_image(images),
+            text=states,
+            caption=rows[0],
+            hard_caption=rows[1],
+            random_caption=rows[2],
+            expression=rows[3],
+            null=torch.tensor([row[""]], device=device),
+            has_hard_image=batch.has_hard_image.to(device),
+            has_hard_caption=batch.has_hard_caption.to(device),
+            grounding_tokens=tokens,
+            grounding_mask=mask,
+            targets=self._targets(batch, offsets).to(device),
+            records=batch.records,
+        )
+
+    def _ground(
+        self, expressions: Sequence[str], states: TextStates, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Sequence[Sequence[tuple[int, int]]]]:
+        if self.grounding is not None:
+            text = self.grounding(expressions)
+            return text.tokens, text.mask, text.offsets
+        own = states.select(rows)
+        return own.tokens, own.mask, self.backbone.token_offsets(expressions)
+
+    def _targets(self, batch: Batch, offsets: Sequence[Sequence[tuple[int, int]]]) -> GroundingTargets:
+        maps = []
+        for index, spans in enumerate(batch.spans):
+            try:
+                maps.append(positive_map(offsets[index], [[span] for span in spans], self.num_token_classes))
+            except InputError as error:
+                raise InputError(f"record {batch.records[index]}, {batch.expressions[index]!r}: {error}") from error
+        return GroundingTargets(boxes=batch.boxes, positive_map=tuple(maps))

@@ -1,0 +1,196 @@
+"""What is learned in a step: six evaluations of an example, the losses on them, and nothing of loops or devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.adapter.score import match_score
+from dpt_t2i.adapter.types import AdapterOutput
+from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.types import Features, Tap
+from dpt_t2i.config import DenoiseConfig, ItmRecConfig
+from dpt_t2i.objectives.denoise import denoise_loss
+from dpt_t2i.objectives.itm import itm_loss
+from dpt_t2i.objectives.rec import rec_losses
+from dpt_t2i.objectives.types import Losses
+from dpt_t2i.training.encode import Encoded
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The randomness of a micro-batch, the same however the batch is split over processes."""
+
+    noise: Tensor  # [B, C, h, w] shared by all evaluations of an example
+    timesteps: Tensor  # [B] likewise
+    drop_caption: Tensor  # [B] bool: the denoising term sees the empty text
+
+
+class ProbeObjective(nn.Module):
+    """Stage 1: ITM and REC from one batched pass to the tap; the denoiser takes no gradient.
+
+    Evaluations of an example, in this order of blocks: (i, t), (i, t_hard), (i, t_rand), (i_hard, t), (i_rand, t),
+    (i, expression); rows whose negative does not exist are left out of the pass.
+    """
+
+    def __init__(self, backbone: Backbone, adapter: DiscriminativeAdapter, taps: Sequence[Tap], loss: ItmRecConfig):
+        super().__init__()
+        self.backbone, self.adapter, self.taps, self.loss = backbone, adapter, tuple(taps), loss
+
+    def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
+        """Unweighted loss terms by name. `num_boxes`: boxes of the whole optimiser step / its micro-batches."""
+        plan = _Plan(batch)
+        with torch.no_grad():
+            features = _features(self.backbone, self.taps, batch, draw, plan.images, plan.texts)
+        return discriminate(self.adapter, features, plan, batch, num_boxes, self.loss)
+
+
+class TuneObjective(nn.Module):
+    """Stage 2: one full pass for the positive, one pass to the tap for the other five; ITM + REC + denoising.
+
+    Examples with a dropped caption get one more row in the full pass, whose text is empty.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapter: DiscriminativeAdapter,
+        taps: Sequence[Tap],
+        loss: ItmRecConfig,
+        denoise: DenoiseConfig,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.adapter, self.taps, self.loss, self.denoise = backbone, adapter, tuple(taps), loss, denoise
+        self.denoiser = backbone.denoiser  # registered here so that wrappers see the LoRA
+
+    def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
+        """Unweighted loss terms by name, `loss_mse` included."""
+        plan, count = _Plan(batch), len(batch)
+        mse, positive = denoising(self.backbone, self.taps, batch, draw, self.denoise)
+        others = _features(self.backbone, self.taps, batch, draw, plan.images[count:], plan.texts[count:])
+        terms = discriminate(self.adapter, _stack(positive, others), plan, batch, num_boxes, self.loss)
+        return terms | {"loss_mse": mse}
+
+
+class DenoiseObjective(nn.Module):
+    """The control arm: the same LoRA, data and steps on the denoising loss alone."""
+
+    def __init__(self, backbone: Backbone, denoise: DenoiseConfig) -> None:
+        super().__init__()
+        self.backbone, self.denoise = backbone, denoise
+        self.denoiser = backbone.denoiser
+
+    def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
+        """`loss_mse` only; boxes are not looked at."""
+        return {"loss_mse": denoising(self.backbone, (), batch, draw, self.denoise)[0]}
+
+
+def weights_of(loss: ItmRecConfig, denoise: DenoiseConfig | None = None) -> dict[str, float]:
+    """Weight of each named term."""
+    return {
+        "loss_i2t": loss.itm_coef,
+        "loss_t2i": loss.itm_coef,
+        "loss_ce": loss.ce_coef,
+        "loss_bbox": loss.bbox_coef,
+        "loss_giou": loss.giou_coef,
+        "loss_align": loss.align_coef,
+        "loss_mse": denoise.mse_loss_coef if denoise else 1.0,
+    }
+
+
+def weigh(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Losses:
+    return Losses(terms=terms, weights=weights)
+
+
+def discriminate(
+    adapter: DiscriminativeAdapter,
+    features: Features,
+    plan: _Plan,
+    batch: Encoded,
+    num_boxes: float,
+    loss: ItmRecConfig,
+) -> dict[str, Tensor]:
+    """ITM on the first five blocks, REC on the last."""
+    count = len(batch)
+    split = len(features) - count
+    matching = adapter(_rows(features, slice(0, split)))
+    grounding: AdapterOutput = adapter(
+        _rows(features, slice(split, None)), batch.grounding_tokens, batch.grounding_mask
+    )
+    pooled = batch.text.select(plan.texts).pooled
+    found = match_score(matching, pooled[:split])
+    scores = found.new_zeros(5 * count).masked_scatter(plan.kept[: 5 * count], found).unflatten(0, (5, count))
+    exists = torch.ones_like(batch.has_hard_image)
+    itm = itm_loss(
+        torch.stack([scores[0], scores[1], scores[2]], dim=1),
+        torch.stack([scores[0], scores[3], scores[4]], dim=1),
+        matching.logit_scale,
+        torch.stack([exists, batch.has_hard_caption, exists], dim=1),
+        torch.stack([exists, batch.has_hard_image, exists], dim=1),
+    )
+    rec = rec_losses(grounding, batch.targets, num_boxes, eos_coef=loss.eos_coef, temperature=loss.align_temperature)
+    return {**itm, **rec}
+
+
+def denoising(
+    backbone: Backbone, taps: Sequence[Tap], batch: Encoded, draw: Draw, config: DenoiseConfig
+) -> tuple[Tensor, Features]:
+    """Denoising loss of the positives, and their features, from one full pass."""
+    count = len(batch)
+    rows = torch.arange(count, device=draw.timesteps.device)
+    dropped = rows[draw.drop_caption]
+    seen = torch.cat([rows, dropped])
+    text = batch.text.select(torch.cat([batch.caption, batch.null.expand(len(dropped))]))
+    noisy = backbone.add_noise(batch.latents[:count], draw.noise, draw.timesteps)
+    prediction, features = backbone.predict(noisy[seen], draw.timesteps[seen], text, taps)
+    judged = prediction[:count].index_copy(0, dropped, prediction[count:])
+    mse = denoise_loss(
+        judged,
+        backbone.target(batch.latents[:count], draw.noise, draw.timesteps),
+        snr=backbone.snr(draw.timesteps),
+        snr_gamma=config.snr_gamma,
+        prediction_type=backbone.prediction_type,
+    )
+    return mse, _rows(features, slice(0, count))
+
+
+class _Plan:
+    """Which image meets which text in each evaluation, and which evaluations take place."""
+
+    def __init__(self, batch: Encoded) -> None:
+        count, device = len(batch), batch.caption.device
+        own = torch.arange(count, device=device)
+        always = torch.ones_like(batch.has_hard_image)
+        self.kept = torch.cat([always, batch.has_hard_caption, always, batch.has_hard_image, always, always])  # [6 B]
+        self.images = torch.cat([own, own, own, own + count, own + 2 * count, own])[self.kept]  # rows of `latents`
+        texts = (
+            batch.caption,
+            batch.hard_caption,
+            batch.random_caption,
+            batch.caption,
+            batch.caption,
+            batch.expression,
+        )
+        self.texts = torch.cat(texts)[self.kept]  # rows of `text`
+
+
+def _features(
+    backbone: Backbone, taps: Sequence[Tap], batch: Encoded, draw: Draw, images: Tensor, texts: Tensor
+) -> Features:
+    example = images % len(batch)  # noise and timestep are the example's, whatever is shown
+    timesteps = draw.timesteps[example]
+    noisy = backbone.add_noise(batch.latents[images], draw.noise[example], timesteps)
+    return backbone.features(noisy, timesteps, batch.text.select(texts), taps)
+
+
+def _rows(features: Features, rows: slice) -> Features:
+    return Features({tap: value[rows] for tap, value in features.maps.items()}, features.timesteps[rows])
+
+
+def _stack(first: Features, second: Features) -> Features:
+    maps = {tap: torch.cat([first.maps[tap], second.maps[tap]]) for tap in first.maps}
+    return Features(maps, torch.cat([first.timesteps, second.timesteps]))

@@ -1,0 +1,93 @@
+"""On-policy negatives: the model's own sample for a caption against a true picture of it, without an outside judge.
+
+A share of the examples comes from a pool whose hard-negative image is what the model itself draws for the caption; the
+pool is drawn again every so many steps, so that it follows the model. Some of its samples are right: the loss then asks
+for the true picture to score higher still, which is noise that the method bears.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.config import ItmRecConfig, SampleConfig
+from dpt_t2i.data.examples import Batch, Examples, Item, collate
+from dpt_t2i.data.transforms import to_pixels
+from dpt_t2i.sampling.generate import generate, jobs_of
+
+SAMPLING = SampleConfig(steps=20, guidance_scale=3.0, batch_size=16)
+
+
+class OnPolicy:
+    """Calling it with (step, batch) replaces a share of the batch by examples of the pool."""
+
+    def __init__(self, loss: ItmRecConfig, backbone: Backbone, examples: Examples, seed: int) -> None:
+        self.loss, self.backbone, self.examples, self.seed = loss, backbone, examples, seed
+        self._round, self._pool = -1, list[Item]()
+
+    @staticmethod
+    def of(loss: ItmRecConfig, backbone: Backbone, examples: Examples, seed: int) -> OnPolicy | None:
+        """None where the config asks for none."""
+        return OnPolicy(loss, backbone, examples, seed) if loss.on_policy_fraction > 0 else None
+
+    def __call__(self, step: int, batch: Batch) -> Batch:
+        current = step // self.loss.on_policy_every
+        if current != self._round:
+            self._round, self._pool = current, self._draw(current)
+        rows = {}
+        for row, record in enumerate(batch.records):  # by record, so that batches may be cut in any way
+            rng = np.random.default_rng([self.seed, step, record])
+            if rng.random() < self.loss.on_policy_fraction:
+                rows[row] = self._pool[int(rng.integers(len(self._pool)))]
+        return _replace_rows(batch, rows)
+
+    @torch.no_grad()
+    def _draw(self, current: int) -> list[Item]:
+        """A fresh pool: examples of this round with the model's own sample as hard-negative image."""
+        rng = np.random.default_rng([self.seed, 77, current])
+        rows = rng.integers(len(self.examples.records), size=self.loss.on_policy_pool).tolist()
+        items = [self.examples.item(current, row) for row in rows]
+        was_training = self.backbone.denoiser.training
+        self.backbone.denoiser.eval()
+        side = items[0].pixels.shape[-1]
+        jobs = [job for i, item in enumerate(items) for job in jobs_of([item.caption], [1_000_000 * current + i])]
+        drawn = generate(self.backbone, jobs, SAMPLING, height=side, width=side)
+        own = [replace(item, hard_pixels=to_pixels(made.image)) for item, made in zip(items, drawn, strict=True)]
+        self.backbone.denoiser.train(was_training)
+        return own
+
+
+def _replace_rows(batch: Batch, items: dict[int, Item]) -> Batch:
+    """The batch with some rows exchanged."""
+    if not items:
+        return batch
+    rows = list(items)
+    new = collate(list(items.values()))
+
+    def swap(old: Tensor, fresh: Tensor) -> Tensor:
+        return old.index_copy(0, torch.tensor(rows), fresh)
+
+    def pick(old: tuple, fresh: tuple) -> tuple:  # type: ignore[type-arg]
+        mixed = list(old)
+        for row, value in zip(rows, fresh, strict=True):
+            mixed[row] = value
+        return tuple(mixed)
+
+    return Batch(
+        images=swap(batch.images, new.images),
+        hard_images=swap(batch.hard_images, new.hard_images),
+        random_images=swap(batch.random_images, new.random_images),
+        captions=pick(batch.captions, new.captions),
+        hard_captions=pick(batch.hard_captions, new.hard_captions),
+        random_captions=pick(batch.random_captions, new.random_captions),
+        has_hard_image=swap(batch.has_hard_image, new.has_hard_image),
+        has_hard_caption=swap(batch.has_hard_caption, new.has_hard_caption),
+        expressions=pick(batch.expressions, new.expressions),
+        spans=pick(batch.spans, new.spans),
+        boxes=pick(batch.boxes, new.boxes),
+        records=pick(batch.records, new.records),
+    )

@@ -1,0 +1,69 @@
+"""Stage 1: probing. What does a frozen T2I model understand?
+
+    dpt probe --pretrained_model_name_or_path bundled --tap up1 --output_dir runs/probe
+
+The denoiser is frozen; the adapter learns ITM and REC on its features.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dpt_t2i.adapter.io import load_adapter
+from dpt_t2i.backbones.lora import load_lora
+from dpt_t2i.config import ProbeConfig
+from dpt_t2i.training.engine import Job, train
+from dpt_t2i.training.objective import ProbeObjective, weights_of
+from dpt_t2i.training.on_policy import OnPolicy
+from dpt_t2i.training.setup import Setup, set_up, store_adapter
+
+
+def run_probe(config: ProbeConfig) -> dict[str, Any]:
+    """Train an adapter on frozen features; the run folder gets `adapter/`, metrics and checkpoints.
+
+    Raises:
+        InputError: bad input, or a loss that is not finite.
+    """
+    setup = set_up(config)
+    if config.model.lora not in (None, "none"):
+        load_lora(setup.backbone, Path(str(config.model.lora)))  # probe a model that was tuned already
+    setup.backbone.denoiser.requires_grad_(False).eval()
+
+    def save(folder: Path) -> None:
+        store_adapter(setup, folder / "adapter", stage="probe", config=config.model_dump(mode="json"))
+
+    figures = train(
+        Job(
+            objective=ProbeObjective(setup.backbone, setup.adapter, setup.taps, config.loss),
+            weights=weights_of(config.loss),
+            encoder=setup.encoder,
+            examples=setup.examples,
+            train=config.train,
+            data=config.data,
+            caption_dropout=0.0,
+            seed=config.seed,
+            output_dir=config.output_dir,
+            save_artifacts=save,
+            load_artifacts=lambda folder: restore_adapter(setup, folder),
+            validate=setup.validation,
+            refresh=OnPolicy.of(config.loss, setup.backbone, setup.examples, config.seed),
+        ),
+        setup.accelerator,
+    )
+    if setup.accelerator.is_main_process:
+        save(config.output_dir)
+    setup.accelerator.wait_for_everyone()
+    return result(config.output_dir, figures)
+
+
+def restore_adapter(setup: Setup, checkpoint: Path) -> None:
+    """Put a checkpoint's adapter in place, `logit_scale` included."""
+    saved, _ = load_adapter(checkpoint / "adapter", setup.backbone.device, setup.backbone.fingerprint())
+    setup.adapter.load_state_dict(saved.state_dict())
+
+
+def result(folder: Path, figures: dict[str, float]) -> dict[str, Any]:
+    """What the command prints."""
+    lines = [f"{name:10s} {value:.3f}" for name, value in figures.items()]
+    return {"output_dir": str(folder), "validation": figures, "summary": ["held-out, t = 500:", *lines]}

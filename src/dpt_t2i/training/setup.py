@@ -1,0 +1,106 @@
+"""What both recipes begin with: devices, the frozen model, the adapter, the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from dpt_t2i.adapter.grounding_text import load_grounding_text
+from dpt_t2i.adapter.io import load_adapter, save_adapter
+from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.loading import load_backbone
+from dpt_t2i.backbones.types import Tap
+from dpt_t2i.config import ProbeConfig, TrainConfig, TrainModelConfig, TuneConfig, save_config
+from dpt_t2i.data.examples import Examples
+from dpt_t2i.data.sources import open_records
+from dpt_t2i.errors import InputError
+from dpt_t2i.training.encode import Encoder
+from dpt_t2i.training.validation import Validation
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a recipe works with."""
+
+    accelerator: Accelerator
+    backbone: Backbone
+    taps: tuple[Tap, ...]
+    adapter: DiscriminativeAdapter
+    adapter_metadata: dict[str, Any]  # what came with the adapter that training starts from
+    encoder: Encoder
+    examples: Examples
+    validation: Validation
+
+
+def set_up(config: ProbeConfig | TuneConfig) -> Setup:
+    """Load and build, write `config.yaml`; weights of a new adapter follow from `config.seed`.
+
+    Raises:
+        InputError: anything that is missing, broken, or does not fit together.
+    """
+    if config.train.min_timestep > config.train.max_timestep:
+        raise InputError(f"min_timestep {config.train.min_timestep} is above max_timestep {config.train.max_timestep}")
+    accelerator = make_accelerator(config.train, config.model, config.output_dir)
+    if accelerator.is_main_process:
+        save_config(config, config.output_dir / "config.yaml")
+    model = config.model
+    backbone = load_backbone(model.pretrained_model_name_or_path, model.revision, str(accelerator.device), model.dtype)
+    if config.train.gradient_checkpointing:
+        backbone.denoiser.enable_gradient_checkpointing()
+    taps = backbone.parse_taps(model.tap)
+    grounding = None
+    if config.adapter.grounding_text != "denoiser":
+        grounding = load_grounding_text(config.adapter.grounding_text, accelerator.device)
+    set_seed(config.seed)
+    adapter, metadata = _adapter(config, backbone, taps, grounding.text_dim if grounding else backbone.text_dim)
+    encoder = Encoder(backbone, adapter.config.num_token_classes, grounding)
+    examples = Examples(open_records(config.data, "train"), config.data.resolution, config.data.data_seed)
+    validation = Validation(backbone, adapter, taps, open_records(config.data, "val"), config.data.resolution)
+    return Setup(accelerator, backbone, taps, adapter, metadata, encoder, examples, validation)
+
+
+def make_accelerator(train: TrainConfig, model: TrainModelConfig, folder: Path) -> Accelerator:
+    """Accelerate's own choice of device and processes; `device: cpu` keeps it off the accelerators."""
+    accelerator = Accelerator(
+        mixed_precision=train.mixed_precision,
+        cpu=model.device == "cpu",
+        log_with=train.report_to,
+        project_dir=str(folder),
+    )
+    if train.report_to:
+        accelerator.init_trackers("dpt-t2i")
+    return accelerator
+
+
+def store_adapter(setup: Setup, folder: Path, **metadata: Any) -> None:
+    """Write the adapter with what it needs to be used again: taps, base, and what the recipe adds."""
+    save_adapter(
+        setup.adapter,
+        folder,
+        base_fingerprint=setup.backbone.fingerprint(),
+        metadata=setup.adapter_metadata | metadata,
+    )
+
+
+def _adapter(
+    config: ProbeConfig | TuneConfig, backbone: Backbone, taps: tuple[Tap, ...], text_dim: int
+) -> tuple[DiscriminativeAdapter, dict[str, Any]]:
+    """The adapter to start from, everything learned restored (`logit_scale` included), or a fresh one."""
+    source = config.model.adapter
+    device = torch.device(backbone.device)
+    if source in (None, "none"):
+        sizes = {tap.name: tap.channels for tap in taps}
+        return DiscriminativeAdapter(config.adapter, sizes, backbone.pooled_dim, text_dim).to(device), {}
+    adapter, metadata = load_adapter(Path(str(source)), device, backbone.fingerprint())
+    if list(adapter.tap_channels) != [tap.name for tap in taps]:
+        raise InputError(
+            f"adapter {source} reads tap `{'_'.join(adapter.tap_channels)}`, the config says `{config.model.tap}`; "
+            f"set tap to the adapter's"
+        )
+    return adapter, metadata

@@ -1,0 +1,48 @@
+"""Where a run's figures go: `metrics.jsonl` always, and what `report_to` names through accelerate."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+METRICS = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends rows `step split ...` on the main process; a resumed run drops rows past the step it goes on from."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, first_step: int) -> None:
+        self.path, self.accelerator = folder / METRICS, accelerator
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = [row for row in read_metrics(self.path) if row["step"] <= first_step] if first_step else []
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def write(self, step: int, split: str, figures: Mapping[str, float]) -> None:
+        row = {"step": step, "split": split} | {key: _short(value) for key, value in figures.items()}
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        self.accelerator.log({f"{split}/{key}": value for key, value in figures.items()}, step=step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl`; a last line that a kill cut short is dropped; [] if there is no file."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}") if math.isfinite(value) else value

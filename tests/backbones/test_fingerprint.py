@@ -1,0 +1,58 @@
+import json
+import logging
+
+import pytest
+import torch
+
+from dpt_t2i.backbones.fingerprint import check_fingerprint, lora_hash, weights_hash
+from dpt_t2i.backbones.lora import add_lora, remove_lora
+from dpt_t2i.errors import InputError
+from tests.tiny import tiny_backbone
+
+
+def test_weights_are_told_apart_and_dtype_and_lora_are_not():
+    one, other = tiny_backbone(seed=0), tiny_backbone(seed=1)
+    plain = weights_hash(one.denoiser)
+    assert plain == weights_hash(tiny_backbone(seed=0).denoiser) != weights_hash(other.denoiser)
+    assert weights_hash(tiny_backbone(seed=0).denoiser.to(torch.bfloat16)) == plain
+    add_lora(one, rank=2)
+    assert weights_hash(one.denoiser) == plain
+
+
+def test_a_lora_has_its_own_exact_hash():
+    backbone = tiny_backbone()
+    assert lora_hash(backbone.denoiser) is None
+    parameters = add_lora(backbone, rank=2)
+    before = lora_hash(backbone.denoiser)
+    with torch.no_grad():
+        parameters[0][0, 0] += 1e-6
+    assert lora_hash(backbone.denoiser) not in (None, before)
+    remove_lora(backbone)
+    assert lora_hash(backbone.denoiser) is None
+
+
+def test_fingerprint_is_json_and_names_widths_text_and_prediction_type():
+    fingerprint = tiny_backbone("v_prediction").fingerprint()
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
+    architecture = fingerprint["architecture"]
+    assert architecture["block_out_channels"] == [8, 16, 24, 32]
+    assert (architecture["text_width"], architecture["prediction_type"]) == (32, "v_prediction")
+
+
+def test_same_base_under_another_name_is_silent(caplog):
+    fingerprint = tiny_backbone().fingerprint()
+    check_fingerprint({**fingerprint, "name": "moved"}, fingerprint, "LoRA x")
+    assert not caplog.records
+
+
+def test_other_weights_are_a_warning_and_another_architecture_an_error_both_name_both(caplog):
+    mine, fine_tuned = tiny_backbone(seed=0).fingerprint(), tiny_backbone(seed=1).fingerprint()
+    with caplog.at_level(logging.WARNING):
+        check_fingerprint(mine, fine_tuned, "LoRA x")
+    assert len(caplog.records) == 1
+    assert all(part in caplog.text for part in ("LoRA x", "tiny-0", "tiny-1", mine["weights"], fine_tuned["weights"]))
+    other = tiny_backbone("v_prediction", seed=1).fingerprint()
+    with pytest.raises(
+        InputError, match="LoRA x.*tiny-0.*prediction_type epsilon.*tiny-1.*prediction_type v_prediction"
+    ):
+        check_fingerprint(mine, other, "LoRA x")

@@ -1,0 +1,132 @@
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpt_t2i.backbones.lora import LORA_FILE
+from dpt_t2i.backbones.loading import choose_artifacts, load_backbone, resolve_device, shipped_artifacts
+from dpt_t2i.errors import InputError
+from tests.tiny import tiny_backbone, tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "my-base"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_a_saved_pipeline_comes_back_the_same(saved, caplog, capfd):
+    backbone = load_backbone(saved, device="cpu")
+    assert backbone.name == "my-base"
+    fresh = tiny_backbone()
+    assert backbone.fingerprint()["weights"] == fresh.fingerprint()["weights"]
+    assert torch.equal(backbone.encode_text(["a red circle"]).tokens, fresh.encode_text(["a red circle"]).tokens)
+    assert backbone.token_offsets(["a star"]) == fresh.token_offsets(["a star"])
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
+
+
+def test_dtype_is_that_of_all_frozen_weights(saved):
+    backbone = load_backbone(saved, device="cpu", dtype="bfloat16")
+    parts = (backbone.denoiser, backbone.pipeline.vae, backbone.pipeline.text_encoder)
+    assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./runs/none", "/no/such/folder"])
+def test_a_missing_folder_is_named(name):
+    with pytest.raises(InputError, match=f"base model {name} does not exist"):
+        load_backbone(name)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(InputError, match="model_index.json"):
+        load_backbone(tmp_path)
+
+
+def test_an_unknown_family_lists_the_supported_ones(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    with pytest.raises(InputError, match="FluxPipeline is not supported; supported: StableDiffusionPipeline"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json",
+    ],
+)
+def test_a_missing_file_is_named(folder, file):
+    (folder / file).unlink()
+    expected = "merges.txt|vocab.json" if "tokenizer" in file else file.split("/")[0]
+    with pytest.raises(InputError, match=expected):
+        load_backbone(folder, device="cpu")
+
+
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_a_truncated_file_is_named(folder, file):
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=f"{file} is truncated"):
+        load_backbone(folder, device="cpu")
+
+
+def test_what_ships_with_a_base(folder):
+    assert shipped_artifacts(folder) == (None, None)
+    probe, tuned = folder / "dpt" / "probe" / "adapter", folder / "dpt" / "tuned"
+    probe.mkdir(parents=True)
+    assert shipped_artifacts(folder) == (None, probe)
+    (tuned / "adapter").mkdir(parents=True)
+    assert shipped_artifacts(folder) == (None, probe)  # an adapter of a LoRA that is not there
+    (tuned / LORA_FILE).touch()
+    assert shipped_artifacts(folder) == (tuned / LORA_FILE, tuned / "adapter")
+    assert shipped_artifacts(folder, with_lora=False) == (None, probe)
+
+
+def test_settings_choose_artifacts(folder, tmp_path):
+    probe, tuned = folder / "dpt" / "probe" / "adapter", folder / "dpt" / "tuned"
+    for adapter in (probe, tuned / "adapter", tmp_path / "run" / "adapter"):
+        adapter.mkdir(parents=True)
+    (tuned / LORA_FILE).touch()
+    run = str(tmp_path / "run")
+    assert choose_artifacts(folder, None, None) == (tuned / LORA_FILE, tuned / "adapter")
+    assert choose_artifacts(folder, "none", None) == (None, probe)
+    assert choose_artifacts(folder, "none", "none") == (None, None)
+    assert choose_artifacts(folder, None, "none") == (tuned / LORA_FILE, None)
+    assert choose_artifacts(folder, run, None) == (Path(run), Path(run) / "adapter")
+    assert choose_artifacts(folder, f"{run}/{LORA_FILE}", None) == (Path(run) / LORA_FILE, Path(run) / "adapter")
+    assert choose_artifacts(folder, str(tmp_path / "bare"), None)[1] is None
+    assert choose_artifacts(folder, run, "other") == (Path(run), Path("other"))
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(InputError, match="`gpu` is unknown"):
+        resolve_device("gpu")
+    with pytest.raises(InputError, match="`cuda:99` is not here"):
+        resolve_device("cuda:99")
+
+
+def test_loading_restores_the_libraries_own_voice(saved):
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity(logging.WARNING)
+    transformers_logging.enable_progress_bar()
+    load_backbone(saved, device="cpu")
+    assert transformers_logging.get_verbosity() == logging.WARNING
+    assert transformers_logging.is_progress_bar_enabled()

@@ -1,0 +1,101 @@
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dpt_t2i.data.examples import Examples, MicroBatches, collate
+from dpt_t2i.data.records import Expression, Negative, Record
+from dpt_t2i.data.scenes import SceneRecords
+
+
+def flat(color: int) -> Image.Image:
+    return Image.new("RGB", (8, 8), (color, color, color))
+
+
+def record(index: int, **fields) -> Record:
+    return Record(id=str(index), source="toy", image=lambda: flat(10 * index), captions=(f"picture {index}",), **fields)
+
+
+def test_random_negative_is_never_the_own_image_or_caption():
+    records = [record(i) for i in range(4)]
+    examples = Examples(records, 8)
+    for epoch in range(20):
+        for row in range(4):
+            item = examples.item(epoch, row)
+            assert item.random_caption != item.caption
+            assert not torch.equal(item.random_pixels, item.pixels)
+
+
+def test_last_record_can_be_drawn():
+    examples = Examples([record(i) for i in range(3)], 8)
+    drawn = {examples.item(epoch, 0).random_caption for epoch in range(30)}
+    assert drawn == {"picture 1", "picture 2"}
+
+
+def test_an_epoch_shows_every_record_once_in_its_own_order():
+    examples = Examples(SceneRecords(length=6), 64)
+    epochs = [[examples[6 * e + k].record for k in range(6)] for e in range(3)]
+    assert all(sorted(rows) == list(range(6)) for rows in epochs)
+    assert len({tuple(rows) for rows in epochs}) > 1
+
+
+def test_same_examples_on_one_process_or_four_with_or_without_workers():
+    examples = Examples(SceneRecords(length=40), 64, seed=3)
+
+    def captions(batch: int, world: int, workers: int) -> list[str]:
+        ranks = [
+            DataLoader(
+                examples,
+                batch_sampler=MicroBatches(batch, 1, rank, world, 0, 3),
+                collate_fn=collate,
+                num_workers=workers,
+            )
+            for rank in range(world)
+        ]
+        return list(chain.from_iterable(b.captions for step in zip(*ranks, strict=True) for b in step))
+
+    alone = captions(8, 1, 0)
+    assert captions(2, 4, 0) == alone
+    assert captions(4, 2, 1) == alone
+
+
+def test_resuming_goes_on_where_it_was():
+    whole = list(MicroBatches(2, 3, 0, 1, 0, 5))
+    assert list(MicroBatches(2, 3, 0, 1, 2, 5)) == whole[2 * 3 :]
+    assert len(MicroBatches(2, 3, 0, 1, 2, 5)) == 9
+
+
+def test_what_a_source_lacks_is_masked():
+    full = record(
+        0,
+        expressions=(Expression("the dot", ((4, 7),), ((0.0, 0.0, 4.0, 8.0),)),),
+        negatives=(Negative("no dot", "toy"),),
+        negative_image=lambda: flat(255),
+    )
+    examples = Examples([full, record(1)], 8)
+    batch = collate([examples.item(0, 0), examples.item(0, 1)])
+    assert batch.has_hard_caption.tolist() == batch.has_hard_image.tolist() == [True, False]
+    assert batch.hard_captions == ("no dot", "")
+    assert batch.num_boxes() == 1
+    assert batch.boxes[0].tolist() == [[0.25, 0.5, 0.5, 1.0]]
+    assert batch.spans == (((4, 7),), ())
+    assert batch.hard_images[0].min() == 1.0
+    assert batch.hard_images[1].abs().max() == 0
+
+
+def test_one_record_is_too_few():
+    with pytest.raises(ValueError, match="two records"):
+        Examples([record(0)], 8)
+
+
+def test_scene_boxes_enclose_the_named_thing():
+    records = SceneRecords(length=50, size=64)
+    single = next(r for r in records if "single" not in r.id and len(r.expressions[0].boxes) == 1)
+    x, y, w, h = single.expressions[0].boxes[0]
+    image = np.asarray(single.load_image(), dtype=float)
+    ground = np.median(image.reshape(-1, 3), axis=0)
+    centre = image[int(y + h / 2), int(x + w / 2)]
+    assert np.abs(centre - ground).max() > 40

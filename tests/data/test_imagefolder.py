@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from dpt_t2i.data.imagefolder import read_imagefolder
+from dpt_t2i.data.scenes import SceneRecords
+from dpt_t2i.errors import InputError
+from dpt_t2i.scenes.commands import export_scenes
+
+
+def test_round_trip_gives_the_same_records(tmp_path):
+    export_scenes(tmp_path, n=4, seed=5)
+    for read, drawn in zip(read_imagefolder(tmp_path), SceneRecords("train", 4, 64, seed=5), strict=True):
+        assert read.captions == drawn.captions
+        assert read.expressions == drawn.expressions
+        assert read.negatives == drawn.negatives
+        assert read.load_image().tobytes() == drawn.load_image().tobytes()
+        assert read.load_negative_image().tobytes() == drawn.load_negative_image().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 2 is not a record"),
+        (json.dumps({"captions": ["x"]}), "file_name"),
+        (json.dumps({"file_name": "gone.png", "captions": ["x"]}), "gone.png, which does not exist"),
+        (json.dumps({"file_name": "000000.png", "captions": [" "]}), "no caption"),
+        (
+            json.dumps(
+                {
+                    "file_name": "000000.png",
+                    "captions": ["x"],
+                    "expressions": [{"text": "t", "spans": [], "boxes": [[0, 0, 1, 1]]}],
+                }
+            ),
+            "1 boxes but 0 spans",
+        ),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, says):
+    export_scenes(tmp_path, n=1)
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match="line 2") as caught:
+        read_imagefolder(tmp_path)
+    assert says in str(caught.value)
+
+
+def test_missing_metadata_is_one_clear_line(tmp_path):
+    with pytest.raises(InputError, match="metadata.jsonl does not exist"):
+        read_imagefolder(tmp_path)
+
+
+def test_a_broken_image_is_named_when_it_is_opened(tmp_path):
+    export_scenes(tmp_path, n=1)
+    (tmp_path / "000000.png").write_bytes(b"not a picture")
+    record = read_imagefolder(tmp_path)[0]
+    with pytest.raises(InputError, match=r"cannot read image .*000000\.png"):
+        record.load_image()

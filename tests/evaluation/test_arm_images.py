@@ -1,0 +1,80 @@
+"""Two processes make the images that one would."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from dpt_t2i.config import GenerateConfig
+from dpt_t2i.evaluation.arm_images import borrow_images, make_images
+from dpt_t2i.sampling.generate import Generated, Job
+
+JOBS = [Job(prompt, f"prompt {prompt}", seed, seed) for prompt in range(3) for seed in (0, 1)]
+
+
+class Painter:
+    """Each image is one shade, which follows from prompt and seed."""
+
+    def run(self, jobs: Sequence[Job], config: GenerateConfig) -> Iterator[Generated]:
+        for job in jobs:
+            shade = (40 * job.prompt_index, 90 * job.noise_seed, 7)
+            yield Generated(job, Image.new("RGB", (32, 32), shade), torch.zeros(1), 0.5)
+
+    def settings(self, config: GenerateConfig) -> dict[str, Any]:
+        return {"painter": 1}
+
+
+def paint(folder: Path) -> None:
+    rows = make_images(folder, JOBS, Painter(), GenerateConfig(), "base", PartialState())  # type: ignore[arg-type]
+    assert len(rows) == (6 if PartialState().is_main_process else 0)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    pictures = {path.name: Image.open(path).tobytes() for path in sorted((folder / "images").iterdir())}
+    return {**pictures, "manifest": [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]}
+
+
+def test_two_processes_make_what_one_makes(tmp_path: Path) -> None:
+    paint(tmp_path / "one")
+    code = f"from pathlib import Path; from tests.evaluation.test_arm_images import paint; paint(Path({str(tmp_path / 'two')!r}))"
+    launch = [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "src")])
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "--main_process_port", "0", str(script)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"images", "manifest.jsonl", "contact_sheet.png"}
+
+
+def test_borrowed_images_are_copies_and_never_overwrite(tmp_path: Path) -> None:
+    paint(tmp_path / "one")
+    (tmp_path / "other" / "images").mkdir(parents=True)
+    (tmp_path / "other" / "images" / "00000_0.png").write_bytes(b"mine")
+    borrow_images(tmp_path / "other", tmp_path / "one", [*JOBS[:2], Job(9, "not made", 0, 0)])
+    assert (tmp_path / "other" / "images" / "00000_0.png").read_bytes() == b"mine"
+    same = "images/00000_1.png"
+    assert (tmp_path / "other" / same).read_bytes() == (tmp_path / "one" / same).read_bytes()
+    assert len(list((tmp_path / "other" / "images").iterdir())) == 2

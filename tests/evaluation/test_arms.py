@@ -1,0 +1,106 @@
+"""The table of arms, and what each needs."""
+
+from pathlib import Path
+
+import pytest
+
+from dpt_t2i.adapter.io import save_adapter
+from dpt_t2i.config import AlignmentConfig, CorrectionConfig, ModelConfig, SearchConfig
+from dpt_t2i.errors import InputError
+from dpt_t2i.evaluation.arms import ARMS, PAIRS, choose_arms, recipe_of
+from dpt_t2i.sampling.model import T2IModel
+
+NAMES = "base base_correct control control_compute dpt dpt_correct dpt_best4 random4 dpt_onpolicy".split()
+TUNED = "dpt/tuned/pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder that looks like a base with everything shipped."""
+    for folder in ("dpt/tuned/adapter", "dpt/probe/adapter", "run/adapter"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / TUNED).touch()
+    (tmp_path / "run/pytorch_lora_weights.safetensors").touch()
+    return tmp_path
+
+
+def config(base: Path, **settings: object) -> AlignmentConfig:
+    values = {"correction": CorrectionConfig(correct=0.1), **settings}
+    return AlignmentConfig(model=ModelConfig(pretrained_model_name_or_path=str(base)), **values)  # type: ignore[arg-type]
+
+
+def test_the_table() -> None:
+    assert list(ARMS) == NAMES
+    assert {name for name, arm in ARMS.items() if arm.corrected} == {"base_correct", "dpt_correct"}
+    assert {name: arm.best_of for name, arm in ARMS.items() if arm.best_of > 1} == {"dpt_best4": 4, "random4": 4}
+    assert {name for pair in PAIRS for name in pair} == set(NAMES)
+
+
+def test_arms_are_chosen_by_name_in_the_order_of_the_table() -> None:
+    assert [arm.name for arm in choose_arms(["dpt", "base", "dpt"])] == ["base", "dpt"]
+    with pytest.raises(InputError, match="unknown arm `tuned`"):
+        choose_arms(["base", "tuned"])
+    with pytest.raises(InputError, match="`random4` picks from the images of `dpt_best4`"):
+        choose_arms(["random4", "dpt"])
+
+
+def test_every_arm_takes_its_own_weights(base: Path) -> None:
+    run = base / "run"
+    settings = config(base, control_lora=run, control_compute_lora=run / "b.safetensors", onpolicy_lora=run)
+    found = {name: recipe_of(ARMS[name], settings) for name in NAMES}
+    weights = {
+        name: (r.lora and r.lora.relative_to(base), r.adapter and r.adapter.relative_to(base))
+        for name, r in found.items()
+    }
+    tuned = (Path(TUNED), Path("dpt/tuned/adapter"))
+    assert weights == {
+        "base": (None, None),
+        "base_correct": (None, Path("dpt/probe/adapter")),
+        "control": (Path("run"), None),
+        "control_compute": (Path("run/b.safetensors"), None),
+        "dpt": tuned,
+        "dpt_correct": tuned,
+        "dpt_best4": tuned,
+        "random4": tuned,
+        "dpt_onpolicy": (Path("run"), Path("run/adapter")),
+    }
+    assert {name for name, r in found.items() if r.settings.correction.correct > 0} == {"base_correct", "dpt_correct"}
+
+
+def test_sampling_is_the_same_for_every_arm(base: Path) -> None:
+    settings = config(base, seed=3, search=SearchConfig(best_of=7, score_draws=5), onpolicy_lora=base / "run")
+    recipes = [recipe_of(ARMS[name], settings).settings for name in ("base", "dpt", "dpt_best4", "dpt_onpolicy")]
+    assert all(r == recipes[0] for r in recipes)
+    assert recipes[0].search == SearchConfig(best_of=1, score_draws=5) and recipes[0].seed == 3
+    corrected = recipe_of(ARMS["dpt_correct"], settings).settings
+    assert corrected.model_copy(update={"correction": CorrectionConfig()}) == recipes[0]
+
+
+@pytest.mark.parametrize("arm, flag", [("control", "control_lora"), ("dpt_onpolicy", "onpolicy_lora"), ("dpt", "lora")])
+def test_what_is_missing_is_asked_for(base: Path, arm: str, flag: str) -> None:
+    (base / TUNED).unlink()
+    with pytest.raises(InputError, match=f"arm `{arm}` needs a LoRA: give --{flag}"):
+        recipe_of(ARMS[arm], config(base))
+
+
+def test_correction_needs_an_adapter(base: Path) -> None:
+    (base / "dpt/probe/adapter").rmdir()
+    with pytest.raises(InputError, match="arm `base_correct` needs an adapter: give --probe_adapter"):
+        recipe_of(ARMS["base_correct"], config(base))
+
+
+def test_the_strength_that_is_stored_with_the_adapter_is_the_default(base: Path, model: T2IModel) -> None:
+    assert model.adapter is not None
+    folder = base / "dpt/tuned/adapter"
+    none_given = config(base, correction=CorrectionConfig())
+    save_adapter(model.adapter, folder, base_fingerprint={})
+    with pytest.raises(InputError, match="no correction strength"):
+        recipe_of(ARMS["dpt_correct"], none_given)
+    stored = {"correct": 0.03, "correction_rule": "relative"}
+    save_adapter(model.adapter, folder, base_fingerprint={}, metadata={"correction": stored})
+    assert recipe_of(ARMS["dpt_correct"], none_given).settings.correction == CorrectionConfig(**stored)  # type: ignore[arg-type]
+    assert recipe_of(ARMS["dpt_correct"], config(base)).settings.correction.correct == 0.1
+    save_adapter(model.adapter, folder, base_fingerprint={}, metadata={"correction": {"correct": -1}})
+    with pytest.raises(InputError, match="stored `correction` is not valid"):
+        recipe_of(ARMS["dpt_correct"], none_given)

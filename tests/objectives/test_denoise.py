@@ -1,0 +1,37 @@
+"""The denoising loss and its min-SNR weights."""
+
+import pytest
+import torch
+
+from dpt_t2i.errors import InputError
+from dpt_t2i.objectives.denoise import denoise_loss
+
+TARGET = torch.zeros(2, 1, 1, 2)
+PREDICTION = torch.tensor([[[[1.0, 3.0]]], [[[2.0, 0.0]]]])  # squared error 5 and 2 an example
+SNR = torch.tensor([20.0, 2.0])
+
+
+def test_plain_is_the_mean_of_examples() -> None:
+    assert denoise_loss(PREDICTION, TARGET).item() == pytest.approx(3.5)
+
+
+def test_min_snr_weights_by_hand() -> None:
+    epsilon = denoise_loss(PREDICTION, TARGET, snr=SNR, snr_gamma=5.0)
+    assert epsilon.item() == pytest.approx((5 * 5 / 20 + 2 * 1) / 2)
+    velocity = denoise_loss(PREDICTION, TARGET, snr=SNR, snr_gamma=5.0, prediction_type="v_prediction")
+    assert velocity.item() == pytest.approx((5 * 5 / 21 + 2 * 2 / 3) / 2)
+
+
+def test_zero_terminal_snr_is_finite() -> None:
+    loss = denoise_loss(PREDICTION, TARGET, snr=torch.zeros(2), snr_gamma=5.0)
+    assert loss.item() == pytest.approx(3.5)
+
+
+def test_flow_matching_has_no_min_snr() -> None:
+    with pytest.raises(InputError, match="`flow_matching`"):
+        denoise_loss(PREDICTION, TARGET, snr=SNR, snr_gamma=5.0, prediction_type="flow_matching")
+
+
+def test_half_precision_is_squared_in_float32() -> None:
+    large = torch.full((1, 4), 300.0, dtype=torch.float16)  # 90000 overflows float16
+    assert denoise_loss(large, torch.zeros_like(large)).item() == 90000.0

@@ -1,0 +1,118 @@
+"""What stands around the package: metadata, example settings, docs."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpt_t2i import config as settings
+from dpt_t2i.config import Section, build_config, leaves, resolve_key
+
+ROOT = Path(__file__).parent.parent
+CLASSES: dict[str, type[Section]] = {
+    "demo": settings.DemoConfig,
+    "probe": settings.ProbeConfig,
+    "tune": settings.TuneConfig,
+    "generate": settings.GenerateConfig,
+    "score": settings.ScoreConfig,
+    "alignment": settings.AlignmentConfig,
+    "evaluate": settings.DiscriminationConfig,
+    "doctor": settings.DoctorConfig,
+}
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+PACKAGE = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_citation_names_paper_and_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PACKAGE["version"] and citation["license"] == "Apache-2.0"
+    paper = citation["references"][0]
+    assert paper["title"] == "Discriminative Probing and Tuning for Text-to-Image Generation"
+    assert [author["family-names"] for author in paper["authors"]] == ["Qu", "Wang", "Li", "Zhang", "Nie", "Chua"]
+    assert (paper["start"], paper["end"], paper["year"]) == (7434, 7444, 2024)
+
+
+def test_the_license_is_apache() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+    assert "Copyright 2026 the dpt-t2i authors" in text
+
+
+def test_the_changelog_knows_the_version() -> None:
+    assert PACKAGE["version"] in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_dependency_is_pinned_for_the_tests() -> None:
+    pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text().lower(), re.MULTILINE))
+    wanted = [*PACKAGE["dependencies"], *PACKAGE["optional-dependencies"]["dev"]]
+    names = {re.split(r"[<>=]", line)[0].lower() for line in wanted}
+    assert names <= pinned
+    assert "torch==2.13.0\n" in (ROOT / "constraints.txt").read_text()  # no local part: any index has this wheel
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_an_example_config_builds_and_says_how_to_launch(path: Path) -> None:
+    build_config(CLASSES[path.stem], path)
+    first, *rest = path.read_text().splitlines()
+    assert re.fullmatch(rf"# dpt (evaluate )?{path.stem} --config configs/{path.parent.name}/{path.name}.*", first)
+    assert len(rest) < 40  # one screen
+
+
+def paper_rows() -> list[tuple[str, str, str]]:
+    """(command, key, value) of the settings table in docs/paper_index.md."""
+    text = (ROOT / "docs" / "paper_index.md").read_text()
+    return re.findall(r"^\| [^|]+ \| (\w+) \| `([\w.]+)` \| ([^|]+) \|", text, re.MULTILINE)
+
+
+def test_the_paper_index_has_its_rows() -> None:
+    assert len(paper_rows()) > 40
+
+
+@pytest.mark.parametrize("command, key, value", paper_rows())
+def test_the_paper_index_tells_the_truth(command: str, key: str, value: str) -> None:
+    file = ROOT / "configs" / "sd21" / f"{command}.yaml"
+    node: object = build_config(CLASSES[command], file if file.is_file() else None)
+    for part in key.split("."):
+        node = getattr(node, part)
+    assert str(node) == value
+
+
+def test_the_deviations_name_keys_that_exist() -> None:
+    text = (ROOT / "docs" / "deviations.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and line.count("|") == 6]
+    keys = {key for row in rows for key in re.findall(r"`([\w.]+)`", row.split("|")[5])}
+    assert len(keys) >= 8
+    known = {path for command in CLASSES.values() for path, _ in leaves(command)}
+    assert keys <= known
+
+
+@pytest.mark.parametrize("command", CLASSES)
+def test_every_leaf_name_is_unique_within_a_command(command: str) -> None:
+    names = [path.rpartition(".")[2] for path, _ in leaves(CLASSES[command])]
+    assert len(names) == len(set(names))
+
+
+def test_every_alias_points_to_a_leaf_and_hides_none() -> None:
+    every = {path.rpartition(".")[2] for command in CLASSES.values() for path, _ in leaves(command)}
+    assert set(settings.ALIASES.values()) <= every
+    assert not set(settings.ALIASES) & every
+
+
+def test_the_flags_in_the_docs_exist() -> None:
+    text = (ROOT / "docs" / "quickstart.md").read_text()
+    used = re.findall(r"^dpt (probe|tune|generate|score)\b(.*(?:\\\n.*)*)", text, re.MULTILINE)
+    assert used
+    for command, line in used:
+        for flag in re.findall(r"--([a-z_]+)", line.split("#")[0]):
+            assert flag == "config" or resolve_key(CLASSES[command], flag)
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    # a flag that is parsed and never read is a promise that nobody keeps
+    source = ROOT / "src" / "dpt_t2i"
+    code = "\n".join(path.read_text() for path in source.rglob("*.py") if path.name not in ("config.py", "cli.py"))
+    names = {path.rpartition(".")[2] for command in CLASSES.values() for path, _ in leaves(command)}
+    unread = sorted(name for name in names if not re.search(rf"\b{name}\b", code))
+    assert not unread

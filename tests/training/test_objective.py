@@ -1,0 +1,108 @@
+"""The one batched pass of six evaluations against six passes written out."""
+
+import pytest
+import torch
+
+from dpt_t2i.adapter.score import match_score
+from dpt_t2i.backbones.types import Features
+from dpt_t2i.config import DenoiseConfig, ItmRecConfig
+from dpt_t2i.data.examples import Examples, collate
+from dpt_t2i.data.scenes import SceneRecords
+from dpt_t2i.objectives.itm import itm_loss
+from dpt_t2i.objectives.rec import rec_losses
+from dpt_t2i.training.encode import Encoder
+from dpt_t2i.training.objective import DenoiseObjective, Draw, ProbeObjective, TuneObjective, weights_of
+from tests.tiny import tiny_adapter, tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def parts():
+    backbone = tiny_backbone()
+    taps = backbone.parse_taps("up1")
+    adapter = tiny_adapter(backbone, "up1").eval()
+    examples = Examples(SceneRecords(length=20, size=32), 32)
+    batch = collate([examples[i] for i in range(3)])
+    encoded = Encoder(backbone, adapter.config.num_token_classes, None)(batch)
+    generator = torch.Generator().manual_seed(0)
+    draw = Draw(
+        torch.randn(encoded.latents[:3].shape, generator=generator),
+        torch.tensor([10, 500, 900]),
+        torch.tensor([False, True, False]),
+    )
+    return backbone, taps, adapter, batch, encoded, draw
+
+
+def by_hand(backbone, taps, adapter, batch, draw):
+    """Six denoiser passes, each on its own, as the release does."""
+
+    def read(images, texts, tokens=False):
+        noisy = backbone.add_noise(backbone.encode_image(images), draw.noise, draw.timesteps)
+        text = backbone.encode_text(list(texts))
+        features: Features = backbone.features(noisy, draw.timesteps, text, taps)
+        output = adapter(features, text.tokens, text.mask) if tokens else adapter(features)
+        return output, match_score(output, text.pooled)
+
+    positive = read(batch.images, batch.captions)[1]
+    output = read(batch.images, batch.expressions, tokens=True)[0]
+    i2t = [positive, read(batch.images, batch.hard_captions)[1], read(batch.images, batch.random_captions)[1]]
+    t2i = [positive, read(batch.hard_images, batch.captions)[1], read(batch.random_images, batch.captions)[1]]
+    return torch.stack(i2t, 1), torch.stack(t2i, 1), output
+
+
+def test_one_pass_equals_six(parts):
+    backbone, taps, adapter, batch, encoded, draw = parts
+    with torch.no_grad():
+        ours = ProbeObjective(backbone, adapter, taps, ItmRecConfig())(encoded, draw, float(batch.num_boxes()))
+        i2t, t2i, output = by_hand(backbone, taps, adapter, batch, draw)
+        theirs = itm_loss(i2t, t2i, output.logit_scale) | rec_losses(output, encoded.targets, batch.num_boxes())
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_stage_two_has_the_same_terms_and_the_denoising_one(parts):
+    backbone, taps, adapter, batch, encoded, draw = parts
+    boxes = float(batch.num_boxes())
+    with torch.no_grad():
+        probe = ProbeObjective(backbone, adapter, taps, ItmRecConfig())(encoded, draw, boxes)
+        tune = TuneObjective(backbone, adapter, taps, ItmRecConfig(), DenoiseConfig())(encoded, draw, boxes)
+        alone = DenoiseObjective(backbone, DenoiseConfig())(encoded, draw, boxes)
+    torch.testing.assert_close(tune.pop("loss_mse"), alone["loss_mse"])
+    for name, value in probe.items():
+        torch.testing.assert_close(tune[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dropped_caption_is_denoised_with_the_empty_text(parts):
+    backbone, _, _, batch, encoded, draw = parts
+    latents = encoded.latents[:3]
+    noisy = backbone.add_noise(latents, draw.noise, draw.timesteps)
+    texts = [batch.captions[0], "", batch.captions[2]]  # draw.drop_caption
+    with torch.no_grad():
+        prediction, _ = backbone.predict(noisy, draw.timesteps, backbone.encode_text(texts))
+        loss = DenoiseObjective(backbone, DenoiseConfig())(encoded, draw, 1.0)["loss_mse"]
+    want = (prediction - backbone.target(latents, draw.noise, draw.timesteps)).square().mean()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluations_without_a_negative_are_left_out(parts):
+    backbone, taps, adapter, batch, _, draw = parts
+    from dataclasses import replace
+
+    none = torch.zeros(3, dtype=torch.bool)
+    bare = replace(batch, has_hard_caption=none, has_hard_image=none)
+    encoded = Encoder(backbone, adapter.config.num_token_classes, None)(bare)
+    with torch.no_grad():
+        terms = ProbeObjective(backbone, adapter, taps, ItmRecConfig())(encoded, draw, 3.0)
+        i2t, t2i, output = by_hand(backbone, taps, adapter, batch, draw)
+    two = torch.stack([i2t[:, 0], i2t[:, 2]], 1) * output.logit_scale
+    torch.testing.assert_close(
+        terms["loss_i2t"],
+        torch.nn.functional.cross_entropy(two, torch.zeros(3, dtype=torch.long)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_weights_follow_the_config():
+    weights = weights_of(ItmRecConfig(itm_coef=2, giou_coef=7), DenoiseConfig(mse_loss_coef=3))
+    assert (weights["loss_i2t"], weights["loss_t2i"], weights["loss_giou"], weights["loss_mse"]) == (2, 2, 7, 3)

@@ -1,0 +1,126 @@
+"""Both recipes through their public functions, on the tiny model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpt_t2i.adapter.io import load_adapter
+from dpt_t2i.backbones.loading import load_backbone
+from dpt_t2i.errors import InputError
+from dpt_t2i.training.probe import run_probe
+from dpt_t2i.training.trackers import read_metrics
+from dpt_t2i.training.tune import run_tune
+
+
+def weights(folder):
+    adapter = load_file(folder / "adapter" / "model.safetensors")
+    lora = folder / "pytorch_lora_weights.safetensors"
+    return adapter | (load_file(lora) if lora.exists() else {})
+
+
+def test_probe_then_tune(probe_config, tune_config, base):
+    probe = probe_config()
+    found = run_probe(probe)
+    assert found["validation"].keys() == {"itm_text", "itm_image", "rec_p1", "rec_p5", "rec_p10"}
+    first, last = (weights(probe.output_dir / f"checkpoint-{n}") for n in (1, 2))
+    assert not [name for name, value in last.items() if torch.equal(value, first[name])], "every parameter learns"
+
+    tune = tune_config(adapter=str(probe.output_dir / "adapter"))
+    run_tune(tune)
+    tuned = weights(tune.output_dir)
+    moved = [name for name, value in last.items() if not torch.equal(value, tuned[name])]
+    assert moved == list(last), "stage 2 goes on with the whole adapter"
+    assert all(value.abs().max() > 0 for name, value in tuned.items() if ".lora." in name)
+    rows = [json.loads(line) for line in (tune.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["split"] for row in rows] == ["val", "train", "val"]
+    terms = ("loss_i2t", "loss_t2i", "loss_ce", "loss_bbox", "loss_giou", "loss_align", "loss_mse")
+    row = rows[1]
+    weighted = [1, 1, 1, 5, 2, 1, 1]
+    assert row["loss"] == pytest.approx(sum(w * row[t] for w, t in zip(weighted, terms, strict=True)), rel=1e-4)
+    assert (tune.output_dir / "config.yaml").is_file()
+
+
+def test_stage_two_restores_logit_scale(probe_config, tune_config):
+    probe = probe_config(max_train_steps=3, learning_rate=1e-2)
+    run_probe(probe)
+    folder = probe.output_dir / "adapter"
+    learned, _ = load_adapter(folder, torch.device("cpu"))
+    tune = tune_config(adapter=str(folder), max_train_steps=1, learning_rate=1e-12, adam_weight_decay=0)
+    run_tune(tune)
+    after, _ = load_adapter(tune.output_dir / "adapter", torch.device("cpu"))
+    assert abs(learned.logit_scale.item() - torch.tensor(1 / 0.07).log().item()) > 1e-3
+    assert after.logit_scale.item() == pytest.approx(learned.logit_scale.item(), abs=1e-6)
+
+
+def test_resume_equals_uninterrupted(probe_config):
+    straight = probe_config(max_train_steps=4)
+    run_probe(straight)
+    want = weights(straight.output_dir)
+    broken = straight.output_dir.with_name("broken")
+    run_probe(probe_config(max_train_steps=2, output_dir=str(broken)))
+    run_probe(probe_config(max_train_steps=4, output_dir=str(broken), resume_from_checkpoint="latest"))
+    got = weights(broken)
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+    steps = [json.loads(line)["step"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_accumulation_is_the_same_training(probe_config, tmp_path):
+    whole = probe_config(train_batch_size=4, output_dir=str(tmp_path / "whole"))
+    cut = probe_config(train_batch_size=2, gradient_accumulation_steps=2, output_dir=str(tmp_path / "cut"))
+    run_probe(whole)
+    run_probe(cut)
+    norms = [
+        next(row for row in read_metrics(config.output_dir / "metrics.jsonl") if row["split"] == "train")
+        for config in (whole, cut)
+    ]
+    for name in ("loss", "loss_i2t", "loss_giou", "grad_norm"):
+        assert norms[0][name] == pytest.approx(norms[1][name], rel=1e-4)
+
+
+def test_control_arm_trains_only_the_lora(tune_config, base):
+    config = tune_config(objective="denoise_only")
+    before = load_backbone(base, device="cpu").fingerprint()["weights"]
+    run_tune(config)
+    lora = load_file(config.output_dir / "pytorch_lora_weights.safetensors")
+    assert all(value.abs().max() > 0 for value in lora.values())
+    assert not (config.output_dir / "adapter").exists()
+    assert load_backbone(base, device="cpu").fingerprint()["weights"] == before
+
+
+def test_on_policy_negatives_run(probe_config):
+    config = probe_config(on_policy_fraction=0.5, on_policy_pool=2, max_train_steps=1)
+    run_probe(config)
+    assert (config.output_dir / "adapter" / "model.safetensors").is_file()
+
+
+def test_tune_without_an_adapter_is_refused(tune_config):
+    with pytest.raises(InputError, match="starts from stage 1"):
+        run_tune(tune_config())
+
+
+def test_nan_stops_the_run_and_names_step_and_records(probe_config, monkeypatch):
+    config = probe_config(max_train_steps=3)
+    from dpt_t2i.training import objective
+
+    calls = []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        terms = real(*args, **kwargs)
+        return {name: value * float("nan") for name, value in terms.items()} if len(calls) == 3 else terms
+
+    real = objective.itm_loss
+    monkeypatch.setattr(objective, "itm_loss", poisoned)
+    with pytest.raises(InputError, match=r"not finite at step 3, records \[\d+, \d+\]"):
+        run_probe(config)
+    assert (config.output_dir / "checkpoint-2" / "state.json").is_file(), "the last checkpoint is kept"
+
+
+def test_wrong_tap_for_an_adapter_is_named(probe_config, tune_config):
+    probe = probe_config(max_train_steps=1)
+    run_probe(probe)
+    with pytest.raises(InputError, match="reads tap `up1`, the config says `mid`"):
+        run_tune(tune_config(adapter=str(probe.output_dir / "adapter"), tap="mid"))

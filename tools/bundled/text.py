@@ -1,0 +1,176 @@
+"""Stage 2 of the bundled model: tokenizer, text encoder and image encoder, trained against each other as CLIP is.
+
+    python tools/bundled/text.py --samples 200000
+
+Both captions of an example (true, and hard negative) and both pictures stand in one batch, so that the pooled vector
+has to tell word order and who wears which colour. The text encoder is frozen afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import torch
+from common import BASE, SEED, WORK, Stage, batches, log, pixels, rate, start
+from pool import Pool, read_pool
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+MAX_LENGTH = 32
+EXPRESSION_SHARE = 0.15  # of the pairs are a referring expression instead of a caption
+HARD_WEIGHT = 1.0  # of telling an example's own two captions (pictures) apart, beside the whole batch's
+
+
+def train_tokenizer(captions: np.ndarray) -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges come from our captions; every byte has a token, so any text can be encoded."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
+    trainer = trainers.BpeTrainer(vocab_size=900, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator(captions.tolist(), trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    tokens += [a + b for a, b in merges if a + b not in set(tokens)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH, pad_token="<|endoftext|>")
+
+
+class Pair(nn.Module):
+    """Text and image encoder with their projections and the scale between them."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                intermediate_size=512,
+                projection_dim=128,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                max_position_embeddings=MAX_LENGTH,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        self.image = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=96,
+                intermediate_size=384,
+                projection_dim=128,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                image_size=64,
+                patch_size=8,
+            )
+        )
+        self.text_projection = nn.Linear(128, 128, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07)))
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        return F.normalize(self.text_projection(self.text(ids).pooler_output), dim=-1)
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        return F.normalize(self.image(images).image_embeds, dim=-1)
+
+
+def contrast(text: Tensor, image: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """CLIP's loss over a batch [2B, D] that holds B examples and their B hard negatives, plus the hard pairs alone."""
+    logits = scale * image @ text.T
+    truth = torch.arange(len(logits), device=logits.device)
+    batch = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+    twin = truth.roll(len(truth) // 2)
+    own, near_text, near_image = logits[truth, truth], logits[truth, twin], logits[twin, truth]
+    hard = (F.softplus(near_text - own) + F.softplus(near_image - own)).mean() / 2
+    return batch, hard
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=200_000)
+    parser.add_argument("--batch", type=int, default=64, help="examples; each brings two pictures and two captions")
+    args = parser.parse_args()
+    device = start("text")
+    pool = read_pool()
+    if not (BASE / "tokenizer").exists():
+        words = np.concatenate([pool.captions.reshape(-1), pool.expressions.reshape(-1)])
+        train_tokenizer(words).save_pretrained(BASE / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+    ids, referring = _tokenize(tokenizer, pool.captions), _tokenize(tokenizer, pool.expressions)
+    model = Pair(tokenizer).to(device).train()
+    held = len(pool.images) - 1000  # the last examples measure, and are not trained on
+    mix = np.random.default_rng(SEED + 3)
+    stage, total = Stage("text", model, lr=1e-3, weight_decay=0.05), args.samples // (2 * args.batch)
+    for rows in batches(held, args.batch, SEED + 2):
+        if stage.step >= total:
+            break
+        texts = np.where(mix.random((len(rows), 1, 1)) < EXPRESSION_SHARE, referring[rows], ids[rows])
+        images, tokens = _both(pool.images[rows]), _trim(_both(texts), tokenizer.eos_token_id)
+        scale = model.logit_scale.exp().clamp(max=100)
+        text, image = model.embed_text(torch.from_numpy(tokens).to(device)), model.embed_image(pixels(images, device))
+        batch, hard = contrast(text, image, scale)
+        stage.update(batch + HARD_WEIGHT * hard, len(images), rate(stage.step, total, stage.lr))
+        if stage.step % 100 == 0:
+            stage.say(batch=batch.item(), hard=hard.item(), scale=scale.item())
+        if stage.step % 500 == 0:
+            stage.save()
+            log.info("text: held-out hard accuracy %s", accuracy(model, pool, ids, held, device))
+    stage.save()
+    stage.ema.copy_to(model.parameters())
+    model.eval()
+    figures = accuracy(model, pool, ids, held, device)
+    log.info("text: final held-out hard accuracy %s", figures)
+    (WORK / "text.json").write_text(json.dumps(figures))
+    model.text.save_pretrained(BASE / "text_encoder")
+    model.image.save_pretrained(WORK / "image_encoder")
+    torch.save(model.text_projection.state_dict(), WORK / "text_projection.pt")
+
+
+@torch.no_grad()
+def accuracy(model: Pair, pool: Pool, ids: np.ndarray, first: int, device: torch.device) -> dict[str, float]:
+    """Share of held-out examples whose own caption (picture) scores above its hard negative; chance 0.5."""
+    text_side, image_side = [], []
+    for at in range(first, len(pool.images), 100):
+        rows = slice(at, at + 100)
+        text = model.embed_text(torch.from_numpy(_both(ids[rows])).to(device)).unflatten(0, (2, -1))
+        image = model.embed_image(pixels(_both(pool.images[rows]), device)).unflatten(0, (2, -1))
+        own = (text[0] * image[0]).sum(-1)
+        text_side.append(own > (text[1] * image[0]).sum(-1))
+        image_side.append(own > (text[0] * image[1]).sum(-1))
+    return {
+        "text": torch.cat(text_side).float().mean().item(),
+        "image": torch.cat(image_side).float().mean().item(),
+    }
+
+
+def _tokenize(tokenizer: CLIPTokenizer, texts: np.ndarray) -> np.ndarray:
+    """Texts [N, 2] -> token ids [N, 2, 32]."""
+    flat = tokenizer(texts.reshape(-1).tolist(), padding="max_length", max_length=MAX_LENGTH, truncation=True)
+    return np.array(flat.input_ids).reshape(*texts.shape, MAX_LENGTH)
+
+
+def _both(rows: np.ndarray) -> np.ndarray:
+    """[B, 2, ...] -> [2B, ...], the examples first and then their negatives in the same order."""
+    return np.concatenate([rows[:, 0], rows[:, 1]])
+
+
+def _trim(ids: np.ndarray, eos: int) -> np.ndarray:
+    """Cut padding that no text of the batch needs: attention is causal, and pooling is at the first EOS."""
+    return ids[:, : int((ids == eos).argmax(axis=1).max()) + 1]
+
+
+if __name__ == "__main__":
+    main()
