@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-demo: $(STAMP) ## the bundled model on one prompt: base, tuned, corrected, and a report
+demo: $(STAMP) ## the whole loop live, in minutes: probe, tune, generate, measure, report
 	$(BIN)/dpt demo
 
 test: $(STAMP) ## fast tests, on the CPU
@@ -24,8 +24,16 @@ quality: $(STAMP) ## lint, format check and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bundled: $(STAMP) ## train the bundled model anew (hours on a CPU)
-	$(BIN)/python -m tools.bundled.build
+bundled: $(STAMP) ## train the bundled model anew, stage by stage; goes on where it stopped (a day on a CPU)
+	$(BIN)/python tools/bundled/pool.py
+	$(BIN)/python tools/bundled/vae.py
+	$(BIN)/python tools/bundled/text.py
+	$(BIN)/python tools/bundled/latents.py
+	$(BIN)/python tools/bundled/unet.py
+	$(BIN)/python tools/bundled/pack.py
+	$(BIN)/dpt probe --config configs/bundled/probe.yaml
+	$(BIN)/dpt tune --config configs/bundled/tune.yaml
+	$(BIN)/python tools/bundled/pack.py
 
 clean: ## remove caches and builds; .venv and runs/ stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

@@ -68,6 +68,12 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
     assert f"Usage: dpt {command}" in shown and "--help" in shown
 
 
+def test_help_shows_the_defaults_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, steps in (("demo", 30), ("generate", 50)):
+        assert cli.main([command, "--help"]) == 0
+        assert f"sampling steps [default: {steps}]" in " ".join(capsys.readouterr().out.split())
+
+
 def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "Usage: dpt" in capsys.readouterr().out
@@ -152,11 +158,12 @@ def test_score_takes_an_image_and_a_prompt(work: Callable[..., Work]) -> None:
 def test_scenes_call_their_functions(work: Callable[..., Work], capsys: pytest.CaptureFixture[str]) -> None:
     render = work("dpt_t2i.scenes.commands:render_grid")
     assert cli.main(["scenes", "render", "--n", "4", "--output", "out/a.png", "--seed", "3", "--size", "32"]) == 0
-    assert render.named == {"n": 4, "output": Path("out/a.png"), "seed": 3, "size": 32}
+    assert render.named == {"n": 4, "output": Path("out/a.png"), "seed": 3, "size": 32, "split": "train"}
     export = work("dpt_t2i.scenes.commands:export_scenes")
     assert cli.main(["scenes", "export", "--output-dir", "out", "--n", "2"]) == 0
     assert export.named == {"output_dir": Path("out"), "n": 2, "seed": 0, "size": 64, "split": "train"}
     assert cli.main(["scenes", "export", "--n", "0"]) == 2
+    assert cli.main(["scenes", "export", "--split", "test"]) == 2
 
 
 @pytest.mark.parametrize(

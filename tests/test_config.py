@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpt_t2i.config import (
+    DemoConfig,
     DiscriminationConfig,
     GenerateConfig,
     ProbeConfig,
@@ -38,6 +39,11 @@ def test_stage_two_has_its_own_defaults() -> None:
         8,
         "cosine",
     )
+
+
+def test_a_section_with_its_own_defaults_keeps_them_when_another_key_is_set() -> None:
+    assert build_config(DemoConfig).sample.steps == 30  # 50 elsewhere
+    assert build_config(DemoConfig, None, {"guidance_scale": "5"}).sample.steps == 30
 
 
 def test_words_of_yaml_reach_the_leaf_that_they_are_meant_for(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -98,17 +99,16 @@ def _parameters(config_class: type[Section], extra: Mapping[str, tuple[type, str
     yield parameter("overrides", Annotated[list[str] | None, override], None)
     yield parameter("config", ConfigFile, None)
     yield parameter("json", AsJson, False)
+    defaults = config_class()
     for path, info in leaves(config_class):
-        yield parameter(_leaf(path), _flag(path, info), None)
+        yield parameter(_leaf(path), _flag(path, info, attrgetter(path)(defaults)), None)
 
 
-def _flag(path: str, info: FieldInfo) -> Any:
+def _flag(path: str, info: FieldInfo, default: Any) -> Any:
     """The annotated type of a leaf's flag. Text stays text: the config's own type reads it, as it does for YAML."""
     leaf = _leaf(path)
     names = [leaf, *(alias for alias, target in ALIASES.items() if target == leaf)]
-    help_text = (
-        info.description if info.default in (None, ()) else f"{info.description} [default: {_show(info.default)}]"
-    )
+    help_text = info.description if default in (None, ()) else f"{info.description} [default: {_show(default)}]"
     if info.annotation is bool:
         both = "/".join(["--" + leaf, "--no_" + leaf])
         return Annotated[bool | None, typer.Option(both, help=help_text, show_default=False)]
@@ -271,7 +271,7 @@ def _root(
     pass
 
 
-command(app, "demo", settings.DemoConfig, "dpt_t2i.publish.demo:run_demo")
+command(app, "demo", settings.DemoConfig, "dpt_t2i.demo:run_demo")
 command(app, "probe", settings.ProbeConfig, "dpt_t2i.training.probe:run_probe")
 command(app, "tune", settings.TuneConfig, "dpt_t2i.training.tune:run_tune")
 command(app, "generate", settings.GenerateConfig, "dpt_t2i.sampling.commands:run_generate")
@@ -292,6 +292,7 @@ command(app, "doctor", settings.DoctorConfig, "dpt_t2i.doctor:run_doctor")
 Count = Annotated[int, typer.Option("--n", min=1, help="number of scenes")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="seed of the scenes")]
 Size = Annotated[int, typer.Option("--size", min=16, help="pixels of the square image")]
+Split = Annotated[Literal["train", "val", "heldout"], typer.Option("--split", help="split of the drawn world")]
 
 
 @scenes.command("render")
@@ -300,10 +301,11 @@ def _render(
     output: Annotated[Path, typer.Option("--output", help="image file")] = Path("runs/scenes.png"),
     seed: Seed = 0,
     size: Size = 64,
+    split: Split = "train",
     json: AsJson = False,
 ) -> None:
     """Draw scenes into one contact sheet with their captions."""
-    named = {"n": n, "output": output, "seed": seed, "size": size}
+    named = {"n": n, "output": output, "seed": seed, "size": size, "split": split}
     _perform("dpt_t2i.scenes.commands:render_grid", (), named, json, output.parent)
 
 
@@ -313,7 +315,7 @@ def _export(
     n: Count = 1000,
     seed: Seed = 0,
     size: Size = 64,
-    split: Annotated[str, typer.Option("--split", help="split of the drawn world")] = "train",
+    split: Split = "train",
     json: AsJson = False,
 ) -> None:
     """Write scenes as an imagefolder with metadata.jsonl: captions, expressions, boxes, hard negatives."""

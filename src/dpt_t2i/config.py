@@ -264,16 +264,17 @@ class DiscriminationConfig(Section):
 
 
 class DemoConfig(Section):
-    """Base, tuned and self-corrected images side by side, and a report."""
+    """The whole loop live, in minutes: probe, tune, generate, evaluate, report; beside what ships."""
 
     model: ModelConfig = ModelConfig()
-    prompt: tuple[str, ...] = Field((), description="prompt; may be given several times; default: a few held-out ones")
-    seeds: str = Field("0-1", description="`0`, `0,3,7` or `0-3`")
-    sample: SampleConfig = SampleConfig()
-    correction: CorrectionConfig = CorrectionConfig()
-    search: SearchConfig = SearchConfig()
+    probe_steps: Positive = Field(60, description="optimiser steps of the live probe")
+    tune_steps: Positive = Field(30, description="optimiser steps of the live tuning")
+    demo_batch_size: Positive = Field(16, description="examples a step of both stages")
+    demo_prompts: Positive = Field(30, description="prompts of the dev suite, in turn from every category")
+    seeds: str = Field("0", description="`0`, `0,3,7` or `0-3`")
+    sample: SampleConfig = SampleConfig(steps=30)
     output_dir: Path = Field(Path("runs/demo"), description="demo folder")
-    seed: int = Field(0, description="seed of scoring noise; images take theirs from --seeds")
+    seed: int = Field(0, description="seed of training and of scoring noise; images take theirs from --seeds")
 
 
 class DoctorConfig(Section):
@@ -326,7 +327,7 @@ def build_config(
         values.update(_flatten(_read_yaml(Path(file)), config))
     values.update((resolve_key(config, key), value) for key, value in (overrides or {}).items())
     known = dict(leaves(config))
-    tree: dict[str, Any] = {}
+    tree = config().model_dump()  # whole sections: a command may have its own defaults for one
     for path, value in values.items():
         _place(tree, path, _read_text(path, value, known[path]))
     try:

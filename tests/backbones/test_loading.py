@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone, resolve_device, shipped_artifacts
+from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.errors import InputError
 from tests.tiny import tiny_backbone, tiny_pipeline
 

@@ -118,7 +118,7 @@ def test_disabled_is_the_base_and_what_was_trainable_stays_so():
     assert torch.equal(predict(backbone), plain)
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, None), (4, 8.0), (2, 3.0)])
+@pytest.mark.parametrize(("rank", "alpha"), [(4, None), (2, 3.0)])
 def test_stock_diffusers_reads_the_file_exactly(tmp_path, rank, alpha):
     backbone = trained(rank, alpha)
     save_lora(backbone, tmp_path, {})

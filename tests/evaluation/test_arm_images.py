@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -22,8 +24,11 @@ JOBS = [Job(prompt, f"prompt {prompt}", seed, seed) for prompt in range(3) for s
 class Painter:
     """Each image is one shade, which follows from prompt and seed."""
 
+    made = 0
+
     def run(self, jobs: Sequence[Job], config: GenerateConfig) -> Iterator[Generated]:
         for job in jobs:
+            self.made += 1
             shade = (40 * job.prompt_index, 90 * job.noise_seed, 7)
             yield Generated(job, Image.new("RGB", (32, 32), shade), torch.zeros(1), 0.5)
 
@@ -41,32 +46,69 @@ def contents(folder: Path) -> dict[str, Any]:
     return {**pictures, "manifest": [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]}
 
 
-def test_two_processes_make_what_one_makes(tmp_path: Path) -> None:
+class Half:
+    """Process `rank` of two, as accelerate shows itself to it."""
+
+    num_processes = 2
+
+    def __init__(self, rank: int) -> None:
+        self.process_index, self.is_main_process, self.waited = rank, rank == 0, 0
+
+    @contextmanager
+    def split_between_processes(self, inputs: list[Job]) -> Iterator[list[Job]]:
+        yield inputs[3:] if self.process_index else inputs[:3]
+
+    def wait_for_everyone(self) -> None:
+        self.waited += 1
+
+
+def test_each_process_makes_its_part_and_the_main_one_describes_all(tmp_path: Path) -> None:
     paint(tmp_path / "one")
-    code = f"from pathlib import Path; from tests.evaluation.test_arm_images import paint; paint(Path({str(tmp_path / 'two')!r}))"
+    painters = {rank: Painter() for rank in (1, 0)}
+    for rank, painter in painters.items():
+        state = Half(rank)
+        rows = make_images(tmp_path / "two", JOBS, painter, GenerateConfig(), "base", state)  # type: ignore[arg-type]
+        assert len(rows) == (0 if rank else 6) and state.waited == 1
+    assert [painter.made for painter in painters.values()] == [3, 3]
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"images", "manifest.jsonl", "contact_sheet.png"}
+
+
+def test_a_process_without_work_waits_too(tmp_path: Path) -> None:
+    state = Half(1)
+    assert make_images(tmp_path, JOBS[:1], Painter(), GenerateConfig(), "base", state) == []  # type: ignore[arg-type]
+    assert state.waited == 1
+
+
+@pytest.mark.slow
+def test_under_accelerate_launch(tmp_path: Path) -> None:
+    paint(tmp_path / "one")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from tests.evaluation.test_arm_images import paint\n"
+        f"paint(Path({str(tmp_path / 'two')!r}))\n"
+    )
+    root = Path(__file__).parents[2]
     launch = [
+        sys.executable,
+        "-m",
         "accelerate.commands.launch",
         "--cpu",
         "--num_processes",
         "2",
         "--num_machines",
         "1",
-        "--mixed_precision",
-        "no",
     ]
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "src")])
     done = subprocess.run(
-        [sys.executable, "-m", *launch, "--main_process_port", "0", str(script)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        [*launch, "--mixed_precision", "no", "--main_process_port", "0", str(script)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {"images", "manifest.jsonl", "contact_sheet.png"}
 
 
 def test_borrowed_images_are_copies_and_never_overwrite(tmp_path: Path) -> None:

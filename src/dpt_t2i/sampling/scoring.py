@@ -55,12 +55,14 @@ class MatchScorer:
         """
         if not 0 <= timestep < self.backbone.num_train_timesteps:
             raise InputError(f"score_timestep {timestep} is not in 0..{self.backbone.num_train_timesteps - 1}")
+        if not len(latents):
+            return latents.new_zeros(0)
         rows = torch.arange(len(latents), device=latents.device)
         parts = [
             self._score_rows(latents[index], text.select(index), timestep, draws, seed)
             for index in rows.split(batch_size)
         ]
-        scores = torch.cat(parts) if parts else latents.new_zeros(0)
+        scores = torch.cat(parts)
         if not bool(torch.isfinite(scores).all()):
             bad = int((~torch.isfinite(scores)).nonzero()[0])
             raise InputError(f"the matching score of image {bad} is NaN; use dtype float32")

@@ -35,6 +35,7 @@ BLACK, WHITE = (float(np.mean(COLORS[name])) for name in ("black", "white"))
 
 GROUND_CHROMA = 32  # a ground has at most 19 (saturation 0.1, value 0.74); the rest is for noise and tint
 GROUND_VALUE = (92, 204)  # a ground has 107 to 189
+LEAST_GROUND = 0.25  # of the image; what has less is no scene
 GROUND_BLUR = 0.05  # sigma, fraction of the side: a stripe is 0.2 wide, so its brightness is followed half-way
 DULL = 40  # chroma below which a bright or dark pixel is white or black
 THIN = 0.02  # inscribed radius, fraction of the side; the thinnest real part is the small cross's arm, 0.033
@@ -57,6 +58,8 @@ def regions(pixels: Floats) -> list[Region]:
     """The things in an image [side, side, 3] of 0..255, largest first. Slivers and specks are none."""
     side = len(pixels)
     ground = ground_of(pixels)
+    if ground is None:
+        return []
     cores, labels, depth = _cores(classes_of(pixels, ground), side)
     if not cores:
         return []
@@ -73,12 +76,14 @@ def firm(share: Floats) -> Floats:
     return np.clip((share - 0.1) / 0.8, 0, 1)
 
 
-def ground_of(pixels: Floats) -> Floats:
-    """The ground behind each pixel [side, side, 3]: greyish pixels, spread over what hides it."""
+def ground_of(pixels: Floats) -> Floats | None:
+    """The ground behind each pixel [side, side, 3]: greyish pixels, spread over what hides it; None if there are few."""
     value, chroma = _value_and_chroma(pixels)
     grey = (chroma <= GROUND_CHROMA) & (value >= GROUND_VALUE[0]) & (value <= GROUND_VALUE[1])
     clean = ndimage.binary_erosion(grey, np.ones((3, 3)), border_value=1)  # a mixed edge pixel can look grey
-    middle = pixels[clean].mean(axis=0) if clean.any() else np.full(3, 148, dtype=np.float32)
+    if clean.mean() < LEAST_GROUND:
+        return None
+    middle = pixels[clean].mean(axis=0)
     layers = np.concatenate([(pixels - middle) * clean[..., None], clean[..., None]], axis=-1, dtype=np.float32)
     sigma = GROUND_BLUR * len(pixels)
     spread = ndimage.gaussian_filter(layers, (sigma, sigma, 0), truncate=3.0)

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from PIL import ImageChops
+
+from dpt_t2i.config import CorrectionConfig, SampleConfig
+from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.generate import Job, generate, jobs_of, latent_shape
+from dpt_t2i.sampling.scoring import Judge, MatchScorer
+from tests.tiny import tiny_adapter, tiny_backbone
+
+PROMPTS = ["a red circle", "two blue stars"]
+
+
+def settings(**changes) -> SampleConfig:
+    return SampleConfig(steps=3, guidance_scale=3.0, **changes)
+
+
+def assert_same(one, other) -> None:
+    """Equal up to the rounding of kernels, which differs between batch sizes: a grey level at most."""
+    extremes = ImageChops.difference(one.image, other.image).getextrema()
+    assert max(high for _, high in extremes) <= 1
+    torch.testing.assert_close(one.latents, other.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_jobs_are_every_prompt_with_every_seed():
+    assert jobs_of(["p", "q"], [3, 1]) == [Job(0, "p", 3, 3), Job(0, "p", 1, 1), Job(1, "q", 3, 3), Job(1, "q", 1, 1)]
+    for prompts, seeds in (([], [0]), (["p"], []), (["p"], [-1])):
+        with pytest.raises(InputError):
+            jobs_of(prompts, seeds)
+
+
+def test_the_image_is_the_stock_pipelines_for_the_same_seed():
+    backbone = tiny_backbone()
+    (made,) = generate(backbone, jobs_of(["a red circle"], [7]), settings())
+    stock = backbone.pipeline(
+        "a red circle", num_inference_steps=3, guidance_scale=3.0, generator=torch.Generator().manual_seed(7)
+    ).images[0]  # fmt: skip
+    assert made.image.size == stock.size == (32, 32)
+    assert max(high for _, high in ImageChops.difference(made.image, stock).getextrema()) <= 1
+    assert made.score is None
+
+
+def test_batch_size_order_and_neighbours_change_nothing():
+    backbone = tiny_backbone()
+    jobs = jobs_of(PROMPTS, [0, 1, 2])
+    reference = {made.job: made for made in generate(backbone, jobs, settings(batch_size=8))}
+    assert list(reference) == jobs
+    for made in generate(backbone, jobs, settings(batch_size=4)):
+        assert_same(made, reference[made.job])
+    for made in generate(backbone, jobs[::-2], settings(batch_size=1)):
+        assert_same(made, reference[made.job])
+    images = [made.image.tobytes() for made in reference.values()]
+    assert len(set(images)) == len(images)
+
+
+def test_the_global_random_state_neither_matters_nor_changes():
+    backbone = tiny_backbone()
+    jobs = jobs_of(["a red circle"], [0])
+    torch.manual_seed(1)
+    (one,) = generate(backbone, jobs, settings())
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    (two,) = generate(backbone, jobs, settings())
+    assert torch.equal(one.latents, two.latents)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_correction_and_judge():
+    backbone = tiny_backbone()
+    scorer = MatchScorer(backbone, tiny_adapter(backbone), backbone.parse_taps("up1"))
+    judge = Judge(scorer, 250, 2, 0)
+    jobs = jobs_of(["a red circle"], [0, 1])
+    plain = list(generate(backbone, jobs, settings(), judge=judge))
+    correction = CorrectionConfig(correct=0.05, correction_rule="relative")
+    corrected = list(generate(backbone, jobs, settings(), correction, scorer, judge))
+    text = backbone.encode_text(["a red circle"] * 2)
+    expected = scorer.score_images(torch.stack([made.latents for made in plain]), text, 250, 2, 0)
+    torch.testing.assert_close(torch.tensor([made.score for made in plain]), expected)
+    assert not torch.allclose(plain[0].latents, corrected[0].latents)
+
+
+def test_sizes():
+    backbone = tiny_backbone()
+    assert latent_shape(backbone, None, None) == (4, 8, 8)
+    (made,) = generate(backbone, jobs_of(["a star"], [0]), settings(), height=40, width=24)
+    assert made.image.size == (24, 40)
+    with pytest.raises(InputError, match="width 30 must be a positive multiple of 4"):
+        latent_shape(backbone, 32, 30)
+
+
+def test_nan_images_name_prompt_and_seed():
+    backbone = tiny_backbone()
+    with torch.no_grad():
+        backbone.pipeline.vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(InputError, match="prompt `a star` with seed 4 is NaN"):
+        list(generate(backbone, jobs_of(["a star"], [4]), settings()))

@@ -1,0 +1,135 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import dpt_t2i
+from dpt_t2i.adapter.io import save_adapter
+from dpt_t2i.backbones.lora import add_lora, save_lora
+from dpt_t2i.config import GenerateConfig, build_config
+from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.model import PromptScore, T2IModel
+from dpt_t2i.sampling.noise import shared_noise
+from tests.tiny import tiny_adapter, tiny_backbone, tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A saved base that ships a tuned LoRA, its adapter, and a probe adapter."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tiny_pipeline().save_pretrained(folder)
+    backbone = tiny_backbone()
+    fingerprint = backbone.fingerprint()
+    save_adapter(tiny_adapter(backbone, seed=1), folder / "dpt/probe/adapter", base_fingerprint=fingerprint)
+    save_adapter(
+        tiny_adapter(backbone, "bottom0_up1", seed=2), folder / "dpt/tuned/adapter", base_fingerprint=fingerprint
+    )
+    for number, parameter in enumerate(add_lora(backbone, 2)):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
+    save_lora(backbone, folder / "dpt/tuned", {})
+    return folder
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, dpt_t2i, dpt_t2i.config; sys.exit('torch' in sys.modules or not callable(dpt_t2i.load))"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONPATH": str(Path(dpt_t2i.__file__).parents[1])}
+        ).returncode
+        == 0
+    )
+
+
+def test_what_ships_is_loaded_and_can_be_refused(base):
+    tuned = dpt_t2i.load(str(base), device="cpu")
+    plain = dpt_t2i.load(str(base), lora="none", device="cpu")
+    bare = dpt_t2i.load(str(base), lora="none", adapter="none", device="cpu")
+    assert [tap.name for tap in tuned.scorer.taps] == ["bottom0", "up1"]
+    assert [tap.name for tap in plain.scorer.taps] == ["up1"]
+    assert bare.adapter is None
+    images = [model.generate("a red circle", steps=2)[0].tobytes() for model in (tuned, plain, bare)]
+    assert images[0] != images[1] == images[2]
+    assert tuned.pipeline("a red circle", num_inference_steps=1).images[0].size == (32, 32)
+    decisive = [model.settings(GenerateConfig()) for model in (tuned, plain)]
+    assert (
+        decisive[0]["base"]
+        == decisive[1]["base"]
+        == {"name": "base", "weights": tiny_backbone().fingerprint()["weights"]}
+    )
+    assert decisive[0]["lora"] is not None and decisive[1]["lora"] is None
+    assert decisive[0]["adapter"] != decisive[1]["adapter"]
+
+
+def model(adapter: bool = True) -> T2IModel:
+    backbone = tiny_backbone()
+    return T2IModel(backbone, tiny_adapter(backbone) if adapter else None)
+
+
+def test_generate_takes_the_flags_of_the_command():
+    ours = model()
+    images = ours.generate(["a star", "a red circle"], seeds=[0, 1], steps=2, guidance_scale=1.0, height=16)
+    assert [image.size for image in images] == [(32, 16)] * 4
+    assert images[2].tobytes() == ours.generate("a red circle", 0, steps=2, guidance_scale=1.0, height=16)[0].tobytes()
+    with pytest.raises(InputError, match="`stepz`; did you mean `steps`"):
+        ours.generate("a star", stepz=2)
+
+
+def test_best_of_and_correction_need_an_adapter():
+    with pytest.raises(InputError, match="best_of.*needs an adapter"):
+        model(adapter=False).generate("a star", steps=1, best_of=2)
+    with pytest.raises(InputError, match="correct.*needs an adapter"):
+        model(adapter=False).generate("a star", steps=1, correct=0.5)
+    with pytest.raises(InputError, match="scoring needs an adapter"):
+        model(adapter=False).score(Image.new("RGB", (32, 32)), "a star")
+    assert len(model().generate("a star", steps=1, best_of=2, correct=0.5)) == 1
+
+
+def test_score_is_the_mean_over_the_fixed_noises():
+    ours = model()
+    image = ours.generate("a red circle", steps=2)[0]
+    result = ours.score(image, "a red circle", timestep=300, draws=2, seed=5)
+    assert isinstance(result, PromptScore)
+    backbone = ours.backbone
+    pixels = torch.tensor(list(image.tobytes())).reshape(1, 32, 32, 3).permute(0, 3, 1, 2) / 127.5 - 1
+    text = backbone.encode_text(["a red circle"])
+    with torch.no_grad():
+        latents = backbone.encode_image(pixels)
+        noisy = [
+            backbone.add_noise(latents, shared_noise(5, draw, (4, 8, 8))[None], torch.tensor([300])) for draw in (0, 1)
+        ]
+        expected = sum(float(ours.scorer(z, torch.tensor([300]), text)) for z in noisy) / 2
+    assert result.score == pytest.approx(expected, abs=1e-5)
+    assert ours.score(image, "a red circle", timestep=300, draws=2, seed=5) == result
+    assert ours.score(image, "two blue stars", timestep=300, draws=2, seed=5).score != result.score
+
+
+def test_found_boxes_are_in_pixels_of_the_given_picture():
+    ours = model()
+    with torch.no_grad():  # every query now names something (no object is impossible), with its box where it likes
+        ours.adapter.grounding.token_classifier.bias[-1] = -100.0
+    picture = Image.new("RGB", (128, 64), "red")
+    found = ours.score(picture, "a red circle", draws=1).phrases
+    assert all(one.phrase and one.phrase in "a red circle" for one in found)
+    assert all(0 <= one.span[0] < one.span[1] <= 12 for one in found)
+    # The canvas is 32 x 32, the picture its rows 8..24: canvas x 0..32 is picture x 0..128.
+    for one in found:
+        assert -64 - 1e-3 <= one.box[1] <= one.box[3] <= 128 + 1e-3 and 0 <= one.box[0] <= one.box[2] <= 128 + 1e-3
+
+
+def test_settings_leave_out_what_changes_no_image_and_keep_the_rest():
+    ours = model()
+    one = ours.settings(build_config(GenerateConfig, overrides={"batch_size": 1}))
+    two = ours.settings(build_config(GenerateConfig, overrides={"batch_size": 8}))
+    assert one == two
+    for change in (
+        {"steps": 3},
+        {"correct": 0.5},
+        {"best_of": 2},
+        {"seed": 1},
+        {"height": 64},
+        {"negative_prompt": "x"},
+    ):
+        assert ours.settings(build_config(GenerateConfig, overrides=change)) != one, change

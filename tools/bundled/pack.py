@@ -1,0 +1,77 @@
+"""Last stage of the bundled model: put the parts together as package data.
+
+    python tools/bundled/pack.py
+
+`src/dpt_t2i/bundled/base` becomes a diffusers folder that plain `StableDiffusionPipeline.from_pretrained` loads, with
+weights in fp16; `base/dpt/` takes adapter and LoRA of stages 1 and 2 where those runs exist, `image_encoder/` the other
+half of the text encoder's training.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from common import BASE, WORK, half_weights, log, start
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+TARGET = Path("src/dpt_t2i/bundled")
+LIMIT_MB = 24.0
+
+
+def main() -> None:
+    start("pack")
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(BASE / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(BASE / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(BASE / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(BASE / "unet"),
+        scheduler=DDIMScheduler.from_pretrained(BASE / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    learned = TARGET / "base" / "dpt"
+    kept = WORK / "packed_dpt"
+    if learned.exists():
+        shutil.copytree(learned, kept, dirs_exist_ok=True)
+    shutil.rmtree(TARGET / "base", ignore_errors=True)
+    pipeline.save_pretrained(TARGET / "base")
+    if kept.exists():
+        shutil.copytree(kept, learned)
+        shutil.rmtree(kept)
+    shutil.copytree(WORK / "image_encoder", TARGET / "image_encoder", dirs_exist_ok=True)
+    _take(WORK / "probe" / "adapter", learned / "probe" / "adapter")
+    _take(WORK / "tune" / "adapter", learned / "tuned" / "adapter")
+    _take(WORK / "tune" / "pytorch_lora_weights.safetensors", learned / "tuned" / "pytorch_lora_weights.safetensors")
+    for part in ("vae", "text_encoder", "unet"):
+        half_weights(TARGET / "base" / part)
+    half_weights(TARGET / "image_encoder")
+    for folder in (TARGET / "base" / "text_encoder", TARGET / "image_encoder"):
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        config["dtype"] = "float32"  # transformers would else load what it finds: half precision
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    size = sum(file.stat().st_size for file in TARGET.rglob("*.safetensors")) / 1e6
+    log.info("pack: %.1f MB of weights in %s", size, TARGET)
+    if size > LIMIT_MB:
+        raise SystemExit(f"pack: {size:.1f} MB is over the limit of {LIMIT_MB} MB")
+
+
+def _take(source: Path, target: Path) -> None:
+    """Copy a run's artifact where it exists; a weight file of an adapter becomes fp16, a LoRA keeps its header."""
+    if not source.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_file():
+        shutil.copy2(source, target)
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    half_weights(target)
+
+
+if __name__ == "__main__":
+    main()
