@@ -1,0 +1,139 @@
+"""One config a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dpt_t2i.config.sections import (
+    AdapterConfig,
+    CorrectionConfig,
+    DataConfig,
+    DenoiseConfig,
+    ItmRecConfig,
+    LoraSettings,
+    ModelConfig,
+    Positive,
+    SampleConfig,
+    SearchConfig,
+    Section,
+    TrainConfig,
+    TrainModelConfig,
+    TuneTrainConfig,
+)
+
+
+class ProbeConfig(Section):
+    """Stage 1: probing. The denoiser is frozen, the adapter learns."""
+
+    model: TrainModelConfig = TrainModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    loss: ItmRecConfig = ItmRecConfig()
+    train: TrainConfig = TrainConfig()
+    output_dir: Path = Field(Path("runs/probe"), description="run folder")
+    seed: int = Field(0, description="seed of weights, noise and timesteps")
+
+
+class TuneConfig(Section):
+    """Stage 2: tuning. LoRA and adapter learn on ITM + REC + denoising."""
+
+    model: TrainModelConfig = TrainModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    lora: LoraSettings = LoraSettings()
+    data: DataConfig = DataConfig()
+    loss: ItmRecConfig = ItmRecConfig()
+    denoise: DenoiseConfig = DenoiseConfig()
+    train: TuneTrainConfig = TuneTrainConfig()
+    objective: Literal["dpt", "denoise_only"] = Field(
+        "dpt", description="`denoise_only` = the control arm: LoRA on the denoising loss alone"
+    )
+    output_dir: Path = Field(Path("runs/tune"), description="run folder")
+    seed: int = Field(0, description="seed of weights, noise and timesteps")
+
+
+class GenerateConfig(Section):
+    """Sample images from prompts."""
+
+    model: ModelConfig = ModelConfig()
+    prompt: tuple[str, ...] = Field((), description="prompt; may be given several times")
+    prompts_file: Path | None = Field(None, description="text file (a prompt a line) or .jsonl with `prompt`")
+    seeds: str = Field("0", description="`0`, `0,3,7` or `0-3`")
+    height: int | None = Field(None, description="pixels; default: the model's own")
+    width: int | None = Field(None, description="pixels; default: the model's own")
+    sample: SampleConfig = SampleConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    search: SearchConfig = SearchConfig()
+    output_dir: Path = Field(Path("runs/generate"), description="generation folder")
+    seed: int = Field(0, description="seed of scoring noise; images take theirs from --seeds")
+
+
+class ScoreConfig(Section):
+    """Score an image against a prompt."""
+
+    model: ModelConfig = ModelConfig()
+    score_timestep: int = Field(250, ge=0, description="timestep of the judged latent")
+    score_draws: Positive = Field(4, description="noises averaged")
+    output_dir: Path = Field(Path("runs/score"), description="where the annotated PNG goes")
+    seed: int = Field(0, description="seed of the noise")
+
+
+class AlignmentConfig(Section):
+    """Do the images obey their prompts? Paired arms over one prompt suite."""
+
+    model: ModelConfig = ModelConfig()
+    suite: Literal["dev", "test_seen", "test_heldout"] = Field("dev", description="prompt suite of the drawn scenes")
+    arms: tuple[str, ...] = Field(
+        ("base", "dpt", "dpt_correct"), description="arm of the comparison; may be given several times"
+    )
+    seeds: str = Field("0-1", description="`0`, `0,3,7` or `0-3`; the same for every arm")
+    max_prompts: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="use only N prompts, in turn from each category"
+    )
+    control_lora: Path | None = Field(None, description="LoRA of the control arm (denoising loss alone)")
+    control_compute_lora: Path | None = Field(None, description="LoRA of the control arm with equal compute")
+    onpolicy_lora: Path | None = Field(None, description="LoRA tuned on its own samples; its adapter lies beside it")
+    probe_adapter: Path | None = Field(
+        None, description="adapter that corrects the plain base; default: what ships with the base"
+    )
+    sample: SampleConfig = SampleConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    search: SearchConfig = SearchConfig()
+    bootstrap_draws: Positive = Field(10_000, description="resamples of a confidence interval")
+    output_dir: Path = Field(Path("runs/alignment"), description="evaluation folder; finished images are reused")
+    seed: int = Field(0, description="seed of scoring noise and resampling; images take theirs from --seeds")
+
+
+class DiscriminationConfig(Section):
+    """Image-text matching and grounding accuracy of an adapter."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    timesteps: tuple[int, ...] = Field(
+        (500, 250), description="timestep of the judged latent; may be given several times"
+    )
+    eval_batch_size: Positive = Field(32, description="examples at once; never changes a score")
+    output_dir: Path = Field(Path("runs/discrimination"), description="evaluation folder")
+    seed: int = Field(0, description="seed of the noise, shared by an example's positive and negatives")
+
+
+class DemoConfig(Section):
+    """The whole loop live, in minutes: probe, tune, generate, evaluate, report; beside what ships."""
+
+    model: ModelConfig = ModelConfig()
+    probe_steps: Positive = Field(60, description="optimiser steps of the live probe")
+    tune_steps: Positive = Field(30, description="optimiser steps of the live tuning")
+    demo_batch_size: Positive = Field(16, description="examples a step of both stages")
+    demo_prompts: Positive = Field(30, description="prompts of the dev suite, in turn from every category")
+    seeds: str = Field("0", description="`0`, `0,3,7` or `0-3`")
+    sample: SampleConfig = SampleConfig(steps=30)
+    output_dir: Path = Field(Path("runs/demo"), description="demo folder")
+    seed: int = Field(0, description="seed of training and of scoring noise; images take theirs from --seeds")
+
+
+class DoctorConfig(Section):
+    """What this machine offers, and whether the model loads on it."""
+
+    model: ModelConfig = ModelConfig()

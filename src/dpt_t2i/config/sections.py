@@ -1,0 +1,151 @@
+"""The parts that commands are configured with; each stands once, whatever commands share it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
+
+class Section(BaseModel):
+    """Base of every section and command config: frozen, and nothing unknown passes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    pretrained_model_name_or_path: str = Field("bundled", description="diffusers folder, hub id, or `bundled`")
+    revision: str | None = Field(None, description="git revision of a hub model")
+    lora: str | None = Field(
+        None, description="LoRA file or folder; `none` = plain base; default: what ships with the base"
+    )
+    adapter: str | None = Field(
+        None, description="adapter folder; `none` = no adapter; default: what ships with the base"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
+
+
+class TrainModelConfig(ModelConfig):
+    lora: str | None = Field("none", description="LoRA to start from; `none` = plain base")
+    adapter: str | None = Field("none", description="adapter folder to start from (stage 2 needs that of stage 1)")
+    tap: str = Field("up1", description="block whose features are read; join several with `_`")
+
+
+class AdapterConfig(Section):
+    """Sizes of the discriminative adapter; the defaults are the paper's."""
+
+    hidden_dim: Positive = Field(256, description="width d")
+    num_heads: Positive = Field(8, description="attention heads")
+    dim_feedforward: Positive = Field(2048, description="width of the feed-forward layers")
+    enc_layers: int = Field(1, ge=0, description="transformer encoder layers")
+    dec_layers: Positive = Field(1, description="transformer decoder layers")
+    dropout: Fraction = Field(0.1, description="dropout inside the transformer")
+    num_queries_matching: Positive = Field(10, description="matching queries")
+    num_queries_rec: Positive = Field(100, description="grounding queries")
+    contrastive_dim: Positive = Field(64, description="width of the contrastive alignment")
+    num_token_classes: Positive = Field(255, description="token positions of the soft-token classifier")
+    normalize_features: bool = Field(True, description="normalise the map before the projection (the release does not)")
+    grounding_text: str = Field(
+        "denoiser", description="`denoiser` = the T2I model's own text encoder, or a RoBERTa folder / hub id"
+    )
+
+
+class DataConfig(Section):
+    dataset: str = Field("scenes", description="`scenes`, or an imagefolder with metadata.jsonl")
+    resolution: Positive = Field(64, description="pixels of the square image given to the VAE")
+    dataloader_num_workers: int = Field(0, ge=0, description="loader processes; never changes what is seen")
+    data_seed: int = Field(0, description="seed of the example order and of every random choice in the data")
+    max_samples: int | None = Field(None, description="use only the first N records")
+    val_samples: Positive = Field(256, description="held-out examples of a validation")
+
+
+class ItmRecConfig(Section):
+    """Weights of the losses (method.md section 3)."""
+
+    itm_coef: float = Field(1.0, description="image-text matching, both directions")
+    ce_coef: float = Field(1.0, description="soft-token cross entropy")
+    bbox_coef: float = Field(5.0, description="L1 of boxes")
+    giou_coef: float = Field(2.0, description="generalised IoU of boxes")
+    align_coef: float = Field(1.0, description="contrastive alignment of queries and tokens")
+    eos_coef: float = Field(0.1, description="weight of the no-object class")
+    align_temperature: float = Field(0.07, gt=0, description="temperature of the contrastive alignment")
+    on_policy_fraction: Fraction = Field(
+        0.0, description="share of examples whose hard-negative image is the model's own sample for the caption"
+    )
+    on_policy_every: Positive = Field(200, description="optimiser steps between refreshes of the pool of own samples")
+    on_policy_pool: Positive = Field(256, description="own samples kept in the pool")
+
+
+class DenoiseConfig(Section):
+    mse_loss_coef: float = Field(1.0, description="denoising loss")
+    snr_gamma: float | None = Field(None, description="min-SNR gamma; none = plain MSE")
+    caption_dropout: Fraction = Field(0.1, description="share of captions emptied in the denoising term")
+
+
+class LoraSettings(Section):
+    rank: Positive = Field(4, description="LoRA rank")
+    lora_alpha: float | None = Field(None, description="LoRA alpha; default: the rank, so that the scale is 1")
+    lora_scope: Literal["all", "to_tap"] = Field("all", description="attention of the whole denoiser, or up to the tap")
+
+
+class TrainConfig(Section):
+    max_train_steps: Positive = Field(60_000, description="optimiser steps")
+    train_batch_size: Positive = Field(48, description="examples a device and step")
+    gradient_accumulation_steps: Positive = Field(1, description="micro-batches an optimiser step")
+    learning_rate: float = Field(1e-4, gt=0, description="peak rate of AdamW")
+    lr_scheduler: Schedule = Field("constant", description="rate over steps")
+    lr_warmup_steps: int = Field(0, ge=0, description="optimiser steps of warm-up")
+    adam_weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="clip the total gradient norm")
+    min_timestep: int = Field(0, ge=0, description="lowest timestep drawn")
+    max_timestep: int = Field(999, ge=0, description="highest timestep drawn")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="autocast of the denoiser and adapter")
+    gradient_checkpointing: bool = Field(False, description="recompute activations of the denoiser")
+    checkpointing_steps: Positive = Field(500, description="steps between checkpoints")
+    checkpoints_total_limit: Positive = Field(2, description="checkpoints kept")
+    resume_from_checkpoint: str | None = Field(None, description="`latest`, or a checkpoint folder")
+    validation_steps: Positive = Field(500, description="steps between validations")
+    report_to: str | None = Field(None, description="tensorboard, wandb, trackio: through accelerate")
+
+
+class TuneTrainConfig(TrainConfig):
+    max_train_steps: Positive = Field(5_000, description="optimiser steps")
+    train_batch_size: Positive = Field(8, description="examples a device and micro-batch")
+    gradient_accumulation_steps: Positive = Field(8, description="micro-batches an optimiser step")
+    lr_scheduler: Schedule = Field("cosine", description="rate over steps")
+
+
+class SampleConfig(Section):
+    """How images are sampled; the same words in `generate` and `evaluate alignment`."""
+
+    steps: Positive = Field(50, description="sampling steps")
+    guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance; 1 = off")
+    scheduler: Literal["ddim", "euler", "dpm++", "unipc"] = Field("ddim", description="sampler")
+    batch_size: Positive = Field(8, description="images at once; never changes an image")
+    negative_prompt: str = Field("", description="text of the unconditional branch")
+
+
+class CorrectionConfig(Section):
+    """Self-correction (method.md section 5)."""
+
+    correct: float = Field(0.0, ge=0, description="strength; 0 = off")
+    correction_mode: Literal["state", "noise"] = Field(
+        "state", description="`state`: the sampler steps from the corrected latent; `noise`: the release's way"
+    )
+    correction_rule: Literal["fixed", "relative"] = Field(
+        "fixed", description="`fixed`: z + eta g; `relative`: z + rho |z| g / |g|"
+    )
+    correction_start: Fraction = Field(0.0, description="first corrected fraction of the schedule")
+    correction_end: Fraction = Field(1.0, description="last corrected fraction of the schedule")
+    correction_every: Positive = Field(1, description="correct every k-th step")
+
+
+class SearchConfig(Section):
+    best_of: Positive = Field(1, description="seeds tried for each image; the best by matching score is kept")
+    score_timestep: int = Field(250, ge=0, description="timestep at which candidates are scored")
+    score_draws: Positive = Field(2, description="fixed shared noises averaged in a score")
