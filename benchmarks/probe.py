@@ -2,7 +2,7 @@
 
     python benchmarks/probe.py --n 2000
 
-`frozen`: stage 1's adapter on the plain base. `tuned`: stage 2's adapter with its LoRA. Each at t = 500 and t = 250, the
+`frozen`: stage 1's adapter on the plain base. `tuned`: stage 2's adapter with its LoRA. Each at t = 500 and 250, the
 headline at its better one; `rec_oracle`: a matched filter told the true colour and size, at the same noise.
 """
 

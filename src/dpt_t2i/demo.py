@@ -87,7 +87,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "minutes": minutes,
         "summary": [
             f"base             {_percent(shipped, 'base')} of {shipped['prompts']} prompts right",
-            f"live DPT         {_percent(live, 'dpt')} after {config.probe_steps} + {config.tune_steps} steps, minutes of work",
+            f"live DPT         {_percent(live, 'dpt')} after {config.probe_steps} + {config.tune_steps} steps",
             f"shipped DPT      {_percent(shipped, 'dpt')} the LoRA that comes with the base",
             f"  + correction   {_percent(shipped, 'dpt_correct')} sampled along its own matching score",
             f"took {minutes:.1f} minutes; open {report}",
@@ -143,8 +143,8 @@ def _notes(
     tuned: Mapping[str, Any],
 ) -> list[str]:
     return [
-        f"The table and the pictures show the shipped LoRA and adapter on {shipped['prompts']} dev prompts: few, so the "
-        "intervals are wide. The table over a thousand prompts is in benchmarks/results/alignment.json.",
+        f"The table and the pictures show the shipped LoRA and adapter on {shipped['prompts']} dev prompts: few, so "
+        "the intervals are wide. The table over a thousand prompts is in benchmarks/results/alignment.json.",
         f"Live, on this machine: {config.probe_steps} steps of probing and {config.tune_steps} of tuning at batch "
         f"{config.demo_batch_size} took base {_percent(live, 'base')} to {_percent(live, 'dpt')}, with correction "
         f"{_percent(live, 'dpt_correct')}. That shows that the loop runs, not what it can do.",

@@ -1,4 +1,4 @@
-"""Stage 3 of the bundled model: the denoiser, a Stable-Diffusion U-Net of 4.8 M parameters.
+"""Stage 3 of the bundled model: the denoiser, a Stable-Diffusion U-Net of 4.7 M parameters.
 
     python tools/bundled/unet.py --samples 600000
 
@@ -32,15 +32,18 @@ SCHEDULE = {
 
 
 def build() -> UNet2DConditionModel:
-    """Four levels, so that the taps bottom0..3, mid and up0..3 all exist."""
+    """Four levels, so that the taps bottom0..3, mid and up0..3 all exist.
+
+    No attention on the 16x16 grid: it took half of the time, and the 8x8 grid places things well enough.
+    """
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(32, 64, 96, 128),
-        layers_per_block=2,
+        layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,
         norm_num_groups=8,
@@ -71,7 +74,7 @@ class Examples:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=600_000)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--start", type=Path, default=None, help="a `unet` folder whose weights to start from")
     args = parser.parse_args()

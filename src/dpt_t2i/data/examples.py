@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from dpt_t2i.data.records import Expression, Record
 from dpt_t2i.data.transforms import fit_square, to_pixels
 
+Choice = TypeVar("Choice")
 TRIES = 20  # draws for a random negative that is not the positive's own caption
 
 
@@ -148,9 +150,9 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def _choose(choices: Sequence, rng: np.random.Generator):  # type: ignore[no-untyped-def, type-arg]
+def _choose(choices: Sequence[Choice], rng: np.random.Generator) -> Choice | None:
     return choices[int(rng.integers(len(choices)))] if choices else None
 
 
-def _first(choices: Sequence):  # type: ignore[no-untyped-def, type-arg]
+def _first(choices: Sequence[Choice]) -> Choice | None:
     return choices[0] if choices else None

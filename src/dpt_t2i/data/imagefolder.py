@@ -1,7 +1,7 @@
 """The native format: a folder of images with `metadata.jsonl`, which `datasets.load_dataset("imagefolder")` reads too.
 
-A line: `file_name`, `captions` [], `expressions` [{text, spans, boxes}], `negatives` [{caption, rule}], `negative_file`;
-boxes xywh in pixels, spans [start, end) in characters.
+A line: `file_name`, `captions` [], `expressions` [{text, spans, boxes}], `negatives` [{caption, rule}] and
+`negative_file`; boxes xywh in pixels, spans [start, end) in characters.
 """
 
 from __future__ import annotations

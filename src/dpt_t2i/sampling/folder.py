@@ -23,6 +23,7 @@ from dpt_t2i.sampling.contact_sheet import contact_sheet
 from dpt_t2i.sampling.generate import Generated, Job
 
 CHUNK = "parameters"
+PNG_END = b"IEND\xaeB`\x82"
 MANIFEST = "manifest.jsonl"
 
 
@@ -75,8 +76,10 @@ def image_file(job: Job) -> str:
 def read_parameters(path: Path) -> dict[str, Any] | None:
     """What a PNG says of its own making; None if it is missing, damaged, cut short, or not one of ours."""
     try:
+        if not path.read_bytes().endswith(PNG_END):
+            return None  # Pillow forgives a short tail
         with Image.open(path) as image:
-            image.load()  # a cut file opens well enough; only its pixels tell
+            image.load()
             parameters = json.loads(image.info[CHUNK])
     except (OSError, SyntaxError, ValueError, KeyError):
         return None

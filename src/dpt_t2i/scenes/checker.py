@@ -28,7 +28,8 @@ def check(image: Image.Image, facts: Sequence[Fact]) -> Verdict:
 def detect(image: Image.Image) -> list[Seen]:
     """The things in a square image, largest first; boxes are xyxy in fractions of the side.
 
-    A thing whose shade is none of the world's colours, or that fits no shape well, is still listed, with None.
+    A thing whose shade is none of the world's colours, or that fits no shape well, is still listed, with None for what
+    could not be told. Its size is told by the extent of the best template, which blur changes less than a box's sides.
 
     Raises:
         InputError: the image cannot be read, is not square, or has fewer than 32 pixels a side.
@@ -67,14 +68,9 @@ def _pixels(image: Image.Image) -> Floats:
 
 def _seen(region: Region, side: int) -> Seen:
     found = fit_shape(region.coverage)
-    x0, y0, x1, y1 = found.box
-    box = (
-        (x0 + region.left) / side,
-        (y0 + region.top) / side,
-        (x1 + region.left) / side,
-        (y1 + region.top) / side,
-    )
+    shift = np.array([region.left, region.top] * 2)
+    x0, y0, x1, y1 = np.clip((found.box + shift) / side, 0, 1).tolist()
     extent = found.extent / side
     color = name_color(region.shade, region.ground)
     real = color is not None and EXTENTS_SEEN[0] <= extent <= EXTENTS_SEEN[1]
-    return Seen(found.shape if real else None, color, "large" if extent >= LARGE_FROM else "small", box)
+    return Seen(found.shape if real else None, color, "large" if extent >= LARGE_FROM else "small", (x0, y0, x1, y1))

@@ -94,7 +94,7 @@ def _cast(plan: Plan, rng: Generator) -> list[Phrase]:
 
 
 def _restage(plan: Plan, base: Scene, rng: Generator) -> Scene | None:
-    """Change as little of `base` as makes the plan true: shades and shapes in place, positions swapped, things added."""
+    """Change as little of `base` as makes the plan true: recast in place, swap positions, add or drop things."""
     objects = list(base.objects)
     wanted = [m.phrase for m in plan.mentions] * (plan.count or 1)
     while len(objects) > len(wanted):

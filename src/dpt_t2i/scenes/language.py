@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from numpy.random import Generator
 
 from dpt_t2i.scenes.facts import Fact, Phrase
 from dpt_t2i.scenes.world import Relation, pair_held_out, relation_held_out
 
+T = TypeVar("T")
 Category = Literal["single_object", "two_objects", "counting", "colors", "position", "color_attribution", "several"]
 # The categories of the benchmark mirror GenEval; `several` (three and four things) is seen in training only.
 CATEGORIES: tuple[Category, ...] = (
@@ -157,7 +158,7 @@ def _joint(plan: Plan, index: int) -> str:
     return _pick(JOINS, plan.join) if last else ", "
 
 
-def _pick(words: tuple, index: int):  # type: ignore[no-untyped-def, type-arg]
+def _pick(words: tuple[T, ...], index: int) -> T:
     return words[index % len(words)]
 
 

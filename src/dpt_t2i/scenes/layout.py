@@ -12,6 +12,7 @@ from dpt_t2i.scenes.facts import Phrase
 from dpt_t2i.scenes.world import (
     COLORS,
     EXTENTS,
+    GROUND_KINDS,
     OPPOSITE,
     SHAPES,
     SIZES,
@@ -49,12 +50,12 @@ def draw_shade(color: str, rng: Generator) -> tuple[int, int, int]:
 
 def draw_background(rng: Generator) -> Background:
     """A ground of low saturation (<= 0.1) and middle brightness (0.42 to 0.74)."""
-    kind = ("flat", "gradient", "clouds", "stripes")[int(rng.integers(4))]
+    kind = GROUND_KINDS[int(rng.integers(4))]
     hue, saturation, value = rng.random(), rng.uniform(0.0, 0.1), rng.uniform(0.45, 0.71)
     shift = rng.uniform(-0.1, 0.1) if kind == "gradient" else rng.uniform(-0.05, 0.05)
     second = min(0.74, max(0.42, value + shift))
     return Background(
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         first=_rgb(hue, saturation, value),
         second=_rgb(hue, saturation, second),
         angle=float(rng.uniform(0, 360)),

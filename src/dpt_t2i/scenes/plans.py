@@ -69,8 +69,7 @@ def _draw_position(rng: Generator, held_out: bool) -> Plan:
     relation: Relation = RELATIONS[int(rng.integers(4))]
     if held_out and rng.random() < 0.6:
         triples = sorted(HELD_OUT_RELATIONS)
-        a, base, b = triples[int(rng.integers(len(triples)))]
-        relation = base  # type: ignore[assignment]
+        a, relation, b = triples[int(rng.integers(len(triples)))]
         if rng.random() < 0.5:
             a, b, relation = b, a, OPPOSITE[relation]
         first, second = random_phrase(rng, shapes=[a]), random_phrase(rng, shapes=[b])

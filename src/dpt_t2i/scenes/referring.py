@@ -1,4 +1,4 @@
-"""Referring expressions: texts that name one thing of a scene (or all of a kind), with its box and where it is named."""
+"""Referring expressions: texts that name one thing of a scene (or all of a kind), with boxes and the naming words."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _phrases(target: Seen) -> list[Phrase]:
 def _by_extreme(phrase: Phrase, target: Seen, hits: Sequence[Seen], rng: Generator) -> list[Referring]:
     found = []
     for relation, words in EXTREMES.items():
-        axis, sign = (0, 1) if relation in ("left", "right") else (1, 1)
+        axis = 0 if relation in ("left", "right") else 1
         sign = 1 if relation in ("left", "above") else -1
         place = [sign * (s.box[axis] + s.box[axis + 2]) / 2 for s in hits]
         mine = sign * (target.box[axis] + target.box[axis + 2]) / 2

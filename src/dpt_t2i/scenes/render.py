@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from dpt_t2i.scenes.world import Background, Scene, SceneObject
+
+Floats = NDArray[np.floating[Any]]
 
 SUPERSAMPLE = 4
 SHADING = 0.05  # brightness falls by up to this share across an object
@@ -23,7 +26,7 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     return Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8))
 
 
-def _coverage(thing: SceneObject, size: int) -> NDArray[np.float32]:
+def _coverage(thing: SceneObject, size: int) -> Floats:
     """Share of each pixel [size, size] that the object covers, 0..1."""
     big = size * SUPERSAMPLE
     mask = Image.new("L", (big, big))
@@ -31,7 +34,7 @@ def _coverage(thing: SceneObject, size: int) -> NDArray[np.float32]:
     return np.asarray(mask.reduce(SUPERSAMPLE), dtype=np.float32) / 255
 
 
-def _paint(thing: SceneObject, size: int) -> NDArray[np.float32]:
+def _paint(thing: SceneObject, size: int) -> Floats:
     """The object's shade, a little darker towards its lower right; [size, size, 3]."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     slope = ((axis[None, :] - thing.cx) + (axis[:, None] - thing.cy)) / (2 * thing.extent)
@@ -39,13 +42,13 @@ def _paint(thing: SceneObject, size: int) -> NDArray[np.float32]:
     return light[..., None] * np.array(thing.rgb, dtype=np.float32)
 
 
-def _ground(ground: Background, size: int) -> NDArray[np.float32]:
+def _ground(ground: Background, size: int) -> Floats:
     """Background [size, size, 3], 0..255: how far each pixel lies between the two shades."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
     turn = math.radians(ground.angle)
     along = math.cos(turn) * axis[None, :] + math.sin(turn) * axis[:, None]
     if ground.kind == "flat":
-        mix = np.zeros((size, size), dtype=np.float32)
+        mix: Floats = np.zeros((size, size), dtype=np.float32)
     elif ground.kind == "gradient":
         mix = np.clip(along + 0.5, 0, 1)
     elif ground.kind == "stripes":

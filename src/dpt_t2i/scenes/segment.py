@@ -1,8 +1,8 @@
 """From pixels to things: which pixels stand out from the calm ground, which belong together, and how much of each
 pixel a thing covers.
 
-A pixel is a known mixture of ground and shade, so everything here is linear in it: blur moves coverage about and keeps its
-sum. That is what makes the reading stand up to anti-aliasing, to an autoencoder and to changes of size.
+An edge pixel is a mixture of ground and shade, and a thing's coverage is linear in it: blur moves coverage about but
+keeps its sum. That is why the reading stands up to anti-aliasing, to an autoencoder and to changes of size.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ def hue_of(pixels: Floats) -> Floats:
     return hue
 
 
-HUED = tuple(name for name, rgb in COLORS.items() if max(rgb) - min(rgb) > 50)
+HUED = tuple(name for name, rgb in COLORS.items() if np.ptp(rgb) > 50)
 HUES = hue_of(np.array([COLORS[name] for name in HUED], dtype=np.float32))  # degrees
-CHROMAS = np.array(
-    [max(COLORS[name]) - min(COLORS[name]) for name in HUED], dtype=np.float32
-)  # largest - least channel
+CHROMAS = np.array([np.ptp(COLORS[name]) for name in HUED], dtype=np.float32)  # largest channel less the least
 BLACK, WHITE = (float(np.mean(COLORS[name])) for name in ("black", "white"))
 
 GROUND_CHROMA = 32  # a ground has at most 19 (saturation 0.1, value 0.74); the rest is for noise and tint
@@ -77,7 +75,7 @@ def firm(share: Floats) -> Floats:
 
 
 def ground_of(pixels: Floats) -> Floats | None:
-    """The ground behind each pixel [side, side, 3]: greyish pixels, spread over what hides it; None if there are few."""
+    """The ground behind each pixel [side, side, 3]: greyish pixels, spread over what hides it; None if few."""
     value, chroma = _value_and_chroma(pixels)
     grey = (chroma <= GROUND_CHROMA) & (value >= GROUND_VALUE[0]) & (value <= GROUND_VALUE[1])
     clean = ndimage.binary_erosion(grey, np.ones((3, 3)), border_value=1)  # a mixed edge pixel can look grey

@@ -22,7 +22,7 @@ GRID = 28  # cells across the common grid
 SPAN = 2.4  # its width in units of the root of the shape's area; the star is 1.77 wide
 TURNS = tuple(range(-15, 16, 3))  # degrees; things are drawn within 12
 BLURS = (0.02, 0.05, 0.08, 0.11, 0.15, 0.2)  # sigma in units of extent; 0.1 is 1.4 pixels on a small thing at 64
-LEAST_FIT = 0.88  # overlap with the best template; a drawn thing has 0.97 or more, one stretched by 1.15 has 0.9
+LEAST_FIT = 0.9  # overlap with the best template; drawn things have 0.97 or more, and 0.9 or more if stretched by 1.15
 LEAST_LEAD = (0.004, 0.3)  # the best of another shape is worse by this much, and by this share of the best one's misfit
 
 
@@ -69,7 +69,7 @@ def fit_shape(coverage: Floats) -> Fit:
 def _place(coverage: Floats) -> tuple[float, float, float]:
     """Centre of mass (x, y) and root of the area, in pixels; a pixel's centre lies at its index + 0.5."""
     rows, columns = coverage.sum(axis=1), coverage.sum(axis=0)
-    area = float(rows.sum())
+    area = max(float(rows.sum()), 1e-6)  # an empty mask has no shape, and no NaN
     cx = float(columns @ (np.arange(len(columns)) + 0.5)) / area
     cy = float(rows @ (np.arange(len(rows)) + 0.5)) / area
     return cx, cy, math.sqrt(area)

@@ -36,6 +36,9 @@ RELATIONS: tuple[Relation, ...] = ("left", "right", "above", "below")
 OPPOSITE: dict[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 RELATION_MARGIN = 0.1  # of the sum of both extents on the axis
 
+GroundKind = Literal["flat", "gradient", "clouds", "stripes"]
+GROUND_KINDS: tuple[GroundKind, ...] = ("flat", "gradient", "clouds", "stripes")
+
 # Held out of everything that trains anything: VAE, text encoder, denoiser, probe, tune, and all their negatives.
 HELD_OUT_PAIRS = frozenset(
     {
@@ -50,7 +53,7 @@ HELD_OUT_PAIRS = frozenset(
     }
 )
 # (shape, relation, shape) with relation `left` or `above`; "b right of a" is the same as "a left of b".
-HELD_OUT_RELATIONS = frozenset(
+HELD_OUT_RELATIONS: frozenset[tuple[str, Relation, str]] = frozenset(
     {
         ("circle", "left", "star"),
         ("triangle", "left", "square"),
@@ -93,7 +96,7 @@ class SceneObject:
 class Background:
     """A calm, greyish ground: two close shades and how they are mixed."""
 
-    kind: Literal["flat", "gradient", "clouds", "stripes"]
+    kind: GroundKind
     first: tuple[int, int, int]
     second: tuple[int, int, int]
     angle: float  # degrees

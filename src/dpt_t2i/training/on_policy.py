@@ -8,6 +8,7 @@ for the true picture to score higher still, which is noise that the method bears
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def _replace_rows(batch: Batch, items: dict[int, Item]) -> Batch:
     def swap(old: Tensor, fresh: Tensor) -> Tensor:
         return old.index_copy(0, torch.tensor(rows), fresh)
 
-    def pick(old: tuple, fresh: tuple) -> tuple:  # type: ignore[type-arg]
+    def pick(old: tuple[Any, ...], fresh: tuple[Any, ...]) -> tuple[Any, ...]:
         mixed = list(old)
         for row, value in zip(rows, fresh, strict=True):
             mixed[row] = value

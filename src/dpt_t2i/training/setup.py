@@ -52,7 +52,7 @@ def set_up(config: ProbeConfig | TuneConfig) -> Setup:
     model = config.model
     backbone = load_backbone(model.pretrained_model_name_or_path, model.revision, str(accelerator.device), model.dtype)
     if config.train.gradient_checkpointing:
-        backbone.denoiser.enable_gradient_checkpointing()
+        backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # of every diffusers model
     taps = backbone.parse_taps(model.tap)
     grounding = None
     if config.adapter.grounding_text != "denoiser":

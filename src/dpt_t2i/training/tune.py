@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dpt_t2i.backbones.lora import add_lora, load_lora, save_lora
 from dpt_t2i.config import TuneConfig
 from dpt_t2i.errors import InputError
@@ -31,6 +33,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
         raise InputError("`dpt tune` starts from stage 1: give --adapter RUN/adapter of a `dpt probe` run")
     setup = set_up(config)
     _put_lora(config, setup)
+    objective: nn.Module
     if discriminative:
         objective = TuneObjective(setup.backbone, setup.adapter, setup.taps, config.loss, config.denoise)
     else:

@@ -1,0 +1,143 @@
+"""The report: one HTML file that needs nothing else, made of JSON and PNG files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from dpt_t2i.publish.figures import accuracy_bars, difference_plot, training_curves
+from dpt_t2i.publish.gallery import ArmFolder, Line, line_of, read_rows
+
+TEMPLATES = Path(__file__).with_name("templates")
+SHOWN = 3  # prompts a category in the image grid
+SHOWN_WORSE = 24  # prompts that got worse
+ARM_MEANING = {
+    "base": "the plain model",
+    "base_correct": "the plain model, self-corrected with the probe's adapter",
+    "control": "LoRA trained on the denoising loss alone, for as many steps as dpt",
+    "control_compute": "LoRA trained on the denoising loss alone, with as much compute as dpt",
+    "dpt": "LoRA tuned on matching, grounding and denoising",
+    "dpt_correct": "dpt, self-corrected while sampling",
+    "dpt_best4": "dpt, the best of four seeds by its own matching score",
+    "random4": "dpt, one of the same four seeds at random (expected value)",
+    "dpt_onpolicy": "dpt with its own samples as hard negatives",
+}
+
+
+def write_report(
+    path: Path,
+    alignment: Mapping[str, Any],
+    arms_folder: Path,
+    metrics: Mapping[str, Path] | None = None,
+    probe: Mapping[str, Any] | None = None,
+    title: str = "Do the images obey their prompts?",
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write a self-contained HTML page. Equal inputs give equal bytes.
+
+    Args:
+        alignment: content of `alignment.json`.
+        arms_folder: `arms/` of the same evaluation; arms without a folder have numbers but no images.
+        metrics: name of a run -> its `metrics.jsonl`.
+        probe: contents of `itm.json` and `rec.json` under `itm` and `rec`; either may be missing.
+        notes: paragraphs under the title.
+    """
+    arms = {name: ArmFolder.read(arms_folder / name) for name in alignment["arms"]}
+    pictured = {name: arm for name, arm in arms.items() if arm.verdicts}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        notes=[notes] if isinstance(notes, str) else list(notes),
+        alignment=alignment,
+        columns=["overall", *alignment["categories"], "extra_objects"],
+        best=best_arms(alignment),
+        meaning=ARM_MEANING,
+        sentences=[sentence(pair, d) for pair, d in alignment["differences"].items()],
+        difference_plot=_svg(difference_plot(alignment)) if alignment["differences"] else None,
+        bars=_svg(accuracy_bars(alignment)),
+        curves=_curves(metrics or {}),
+        itm=(probe or {}).get("itm"),
+        rec=(probe or {}).get("rec"),
+        grid=_grid(pictured, alignment["seeds"]),
+        pictured=list(pictured),
+        worse=_worse(pictured, alignment),
+        settings=json.dumps(alignment.get("settings", {}), indent=2),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def best_arms(alignment: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Column -> the arms with the best number in it (highest accuracy, fewest extra objects); none where all are equal."""
+    best = {}
+    for column in ("overall", *alignment["categories"], "extra_objects"):
+        values = {name: numbers[column] for name, numbers in alignment["arms"].items()}
+        wanted = min(values.values()) if column == "extra_objects" else max(values.values())
+        winners = {name for name, value in values.items() if value == wanted}
+        best[column] = winners if len(winners) < len(values) else set()
+    return best
+
+
+def sentence(pair: str, difference: Mapping[str, float]) -> str:
+    """A difference and its interval in words."""
+    first, second = pair.split("-")
+    points, low, high = (100 * difference[key] for key in ("mean", "low", "high"))
+    interval = f"95 % interval {_signed(low)} to {_signed(high)}"
+    if low > 0:
+        return f"{first} beats {second} by {points:.1f} points ({interval})."
+    if high < 0:
+        return f"{first} loses to {second} by {-points:.1f} points ({interval})."
+    return f"No clear difference between {first} and {second}: {_signed(points)} points ({interval})."
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "\u2212")
+
+
+def _svg(text: str) -> Markup:
+    return Markup(text)  # our own figures: nothing in them comes from a user unescaped
+
+
+def _curves(metrics: Mapping[str, Path]) -> list[tuple[str, Markup]]:
+    drawn = {name: training_curves(name, read_rows(path)) for name, path in metrics.items()}
+    return [(name, _svg(svg)) for name, svg in drawn.items() if svg is not None]
+
+
+def _grid(arms: Mapping[str, ArmFolder], seeds: Sequence[int]) -> list[Line]:
+    """The first prompts of each category that any arm has an image of, with the first seed."""
+    shown: dict[str, dict[int, None]] = {}
+    for arm in arms.values():
+        for index, row in sorted((index, row) for (index, seed), row in arm.verdicts.items() if seed == seeds[0]):
+            shown.setdefault(row["category"], {})[index] = None
+    indices = [index for chosen in shown.values() for index in list(chosen)[:SHOWN]]
+    return [line for index in indices if (line := line_of(arms, index, seeds[0])) is not None]
+
+
+def _worse(arms: Mapping[str, ArmFolder], alignment: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each pair of arms how many prompts got better and worse, and for the first pair the latter's images."""
+    told: list[dict[str, Any]] = []
+    for pair, broken in alignment["broken"].items():
+        first, second = pair.split("-")
+        both = {name: arms[name] for name in (second, first) if name in arms}
+        lines = [line_of(both, row["prompt_index"], seed) for row in broken[:SHOWN_WORSE] for seed in row["seeds"]]
+        fixed = len(alignment["fixed"][pair])
+        told.append(
+            {
+                "first": first,
+                "second": second,
+                "fixed": fixed,
+                "broken": len(broken),
+                "arms": list(both),
+                "lines": [line for line in lines if line is not None] if not told else [],
+            }
+        )
+    return told
