@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from PIL import Image
 from scipy import ndimage
 
 import dpt_t2i
-from dpt_t2i.evaluation.provenance import command_line, versions, write_json
+from dpt_t2i.evaluation.provenance import versions, write_json
 from dpt_t2i.scenes.checker import detect
 from dpt_t2i.scenes.example import Example, make_example, true_of
 from dpt_t2i.scenes.facts import Seen, judge, seen_in
@@ -64,16 +66,17 @@ def main() -> None:
     result |= _prefixed("soft", _degraded(args.n, _soften))
     result |= _prefixed("vae", _degraded(args.n, _round_trip()))
     result |= {"noise_accept": _noise_accept(args.n // 5), "blend_accept": _blend_accept(args.n // 5)}
-    result |= {"command": f"python {command_line()}", "versions": versions()}
+    result |= {"command": shlex.join(["python", *sys.argv]), "versions": versions()}
     write_json(args.output, result)
     log.info("agreement %s, after the autoencoder %s: %s", result["agreement"], result["vae_agreement"], args.output)
 
 
 def _cases(count: int) -> Iterator[Case]:
-    for number in range(count):
+    for number in range(0, count, 2):
         example = make_example(number // 2, seed=SEED, split="val")
-        scene = example.negative.scene if number % 2 else example.scene
-        yield Case(number, example, scene, SIZES[number // 2 % len(SIZES)])
+        size = SIZES[number // 2 % len(SIZES)]
+        for odd, scene in enumerate((example.scene, example.negative.scene)[: count - number]):
+            yield Case(number + odd, example, scene, size)
 
 
 class _Tally:

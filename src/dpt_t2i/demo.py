@@ -32,6 +32,7 @@ from dpt_t2i.training.tune import run_tune
 
 log = logging.getLogger(__name__)
 VALIDATION = 96  # held-out examples
+PAPERS_CORRECTION = 0.5  # where no strength is stored with the adapter
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -131,8 +132,8 @@ def _alignment(
         output_dir=config.output_dir / name,
         seed=config.seed,
     )
-    correction = card["metadata"].get("correction")
-    return settings.model_copy(update={"correction": settings.correction.model_copy(update=correction or {})})
+    stored = card["metadata"].get("correction") or {"correct": PAPERS_CORRECTION}
+    return settings.model_copy(update={"correction": settings.correction.model_copy(update=stored)})
 
 
 def _notes(

@@ -41,7 +41,7 @@ def test_different_captions_pool_differently(pipeline):
     ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
     pooled = torch.nn.functional.normalize(pipeline.text_encoder(ids).pooler_output, dim=-1)
     off_diagonal = (pooled @ pooled.T)[~torch.eye(3, dtype=torch.bool)]
-    assert off_diagonal.max() < 0.99
+    assert off_diagonal.max() < 0.999  # word order alone moves it little, as in any CLIP; a wrong EOS gives 1
 
 
 def test_image_encoder_loads():

@@ -52,12 +52,12 @@ def test_the_rank_of_the_first_right_box(model: T2IModel) -> None:
 
 
 def test_precision_by_hand() -> None:
-    ranks = [0, 3, 7, None]
+    ranks = [0, 1, 5, 10, None]  # a rank of k is just outside Precision@k
     rows = [RecRanks(str(i), 500, rank, None if rank == 0 else rank) for i, rank in enumerate(ranks)]
     summary = rec_summary(rows)["500"]
-    assert [summary[f"precision@{k}"]["accuracy"] for k in (1, 5, 10)] == [0.25, 0.5, 0.75]
-    assert [summary[f"giou_precision@{k}"]["accuracy"] for k in (1, 5, 10)] == [0.0, 0.25, 0.5]
-    assert summary["precision@1"]["count"] == 4
+    assert [summary[f"precision@{k}"]["accuracy"] for k in (1, 5, 10)] == [0.2, 0.4, 0.6]
+    assert [summary[f"giou_precision@{k}"]["accuracy"] for k in (1, 5, 10)] == [0.0, 0.2, 0.4]
+    assert summary["precision@1"]["count"] == 5
 
 
 def test_examples_without_expression_are_left_out(model: T2IModel) -> None:
@@ -120,6 +120,8 @@ class Transparent:
 
 def test_the_oracle_sees_through_little_noise_only() -> None:
     pixels, box = picture()
+    pixels[:, 20:28, 8:16] *= 0.5
+    pixels[:, 4:12, 20:28] = torch.tensor([1.0, -1.0, -1.0])[:, None, None]  # looks like it before the signal is undone
     examples = [EvalExample(str(i), pixels, "a", expression="the red block", boxes=box[None]) for i in range(12)]
     rows = rec_oracle(Transparent(), examples, (50, 5000), batch_size=5)  # type: ignore[arg-type]
     summary = rec_summary(rows, at=(1,))

@@ -57,7 +57,9 @@ class AdapterConfig(Section):
 
 class DataConfig(Section):
     dataset: str = Field("scenes", description="`scenes`, or an imagefolder with metadata.jsonl")
-    resolution: Positive = Field(64, description="pixels of the square image given to the VAE")
+    resolution: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="pixels of the square image given to the VAE; default: the model's own size"
+    )
     dataloader_num_workers: int = Field(0, ge=0, description="loader processes; never changes what is seen")
     data_seed: int = Field(0, description="seed of the example order and of every random choice in the data")
     max_samples: int | None = Field(None, description="use only the first N records")

@@ -15,15 +15,15 @@ from dpt_t2i.errors import InputError
 SCENES_TRAIN = 1_000_000  # drawn when asked for: the number only fixes the length of an epoch
 
 
-def open_records(config: DataConfig, split: Literal["train", "val"]) -> Sequence[Record]:
-    """Records of a split. An imagefolder may have `train/` and `val/`; else its last `val_samples` are held out.
+def open_records(config: DataConfig, split: Literal["train", "val"], resolution: int) -> Sequence[Record]:
+    """Records of a split; scenes are drawn at `resolution` pixels. An imagefolder may have `train/` and `val/`; else its last `val_samples` are held out.
 
     Raises:
         InputError: the folder is missing, or too small to hold anything out.
     """
     if config.dataset == "scenes":
         length = config.val_samples if split == "val" else config.max_samples or SCENES_TRAIN
-        return SceneRecords(split, length, config.resolution, config.data_seed)
+        return SceneRecords(split, length, resolution, config.data_seed)
     folder = Path(config.dataset)
     if not folder.is_dir():
         raise InputError(f"data set `{config.dataset}` is neither `scenes` nor a folder")

@@ -74,7 +74,8 @@ def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
     Raises:
         InputError: no adapter, no record with a hard negative, or a NaN (names the example).
     """
-    scorer, examples = _scorer(config), _examples(config)
+    scorer = _scorer(config)
+    examples = _examples(config, scorer)
     rows = itm_scores(
         scorer, examples(), _timesteps(config, scorer), seed=config.seed, batch_size=config.eval_batch_size
     )
@@ -93,7 +94,8 @@ def run_rec(config: DiscriminationConfig) -> dict[str, Any]:
     Raises:
         InputError: no adapter, no record with an expression, or a NaN (names the example).
     """
-    scorer, examples = _scorer(config), _examples(config)
+    scorer = _scorer(config)
+    examples = _examples(config, scorer)
     timesteps = _timesteps(config, scorer)
     how = {"seed": config.seed, "batch_size": config.eval_batch_size}
     rows = rec_ranks(scorer, examples(), timesteps, **how)
@@ -128,10 +130,11 @@ def _timesteps(config: DiscriminationConfig, scorer: MatchScorer) -> tuple[int, 
     return config.timesteps
 
 
-def _examples(config: DiscriminationConfig) -> Callable[[], Iterable[EvalExample]]:
+def _examples(config: DiscriminationConfig, scorer: MatchScorer) -> Callable[[], Iterable[EvalExample]]:
     """The held-out examples, read anew at each call: they may not fit in memory."""
-    records = open_records(config.data, "val")
-    return lambda: examples_of(records, config.data.resolution)
+    size = config.data.resolution or min(scorer.backbone.image_size)
+    records = open_records(config.data, "val", size)
+    return lambda: examples_of(records, size)
 
 
 def _origin(config: DiscriminationConfig, examples: int) -> dict[str, Any]:

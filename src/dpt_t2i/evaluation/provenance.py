@@ -21,7 +21,8 @@ def versions() -> dict[str, str]:
 
 def command_line() -> str:
     """The command that is running, ready to be pasted."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    return shlex.join(["dpt" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -30,6 +30,7 @@ VARIABLES = {
 }
 STYLE = {
     "svg.fonttype": "none",  # text stays text, in the page's font
+    "figure.constrained_layout.hspace": 0.06,
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -72,7 +73,6 @@ def accuracy_bars(alignment: Mapping[str, Any]) -> str:
     rows = -(-len(groups) // columns)
     with rc_context({**STYLE, "svg.hashsalt": "bars"}):
         figure = Figure(figsize=(2.75 * columns, rows * (0.8 + 0.27 * len(arms))), layout="constrained")
-        figure.get_layout_engine().set(hspace=0.06)
         for place, group in enumerate(groups):
             axes = figure.add_subplot(rows, columns, place + 1)
             _bar_panel(axes, alignment, arms, group, labelled=place % columns == 0)
@@ -190,5 +190,7 @@ def _lines(
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values, fewer at the start."""
-    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+    """Mean of the `window` values around each one, fewer at the ends."""
+    reach = window // 2
+    around = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(some) / len(some) for some in around]

@@ -77,7 +77,7 @@ def write_report(
 
 
 def best_arms(alignment: Mapping[str, Any]) -> dict[str, set[str]]:
-    """Column -> the arms with the best number in it (highest accuracy, fewest extra objects); none where all are equal."""
+    """Column -> the arms with the best number (fewest extra objects, else the highest); none where all are equal."""
     best = {}
     for column in ("overall", *alignment["categories"], "extra_objects"):
         values = {name: numbers[column] for name, numbers in alignment["arms"].items()}

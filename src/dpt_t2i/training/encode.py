@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.adapter.grounding_text import GroundingTextEncoder
-from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.interface import Backbone, OnTruncate
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.data.examples import Batch
 from dpt_t2i.errors import InputError
@@ -50,6 +50,7 @@ class Encoder:
 
     def __init__(self, backbone: Backbone, num_token_classes: int, grounding: GroundingTextEncoder | None) -> None:
         self.backbone, self.num_token_classes, self.grounding = backbone, num_token_classes, grounding
+        self._on_truncate: OnTruncate = "warn"  # of the first batch; a run of days need not repeat it
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Encoded:
@@ -64,7 +65,8 @@ class Encoder:
         texts = list(dict.fromkeys(["", *(text for column in columns for text in column)]))
         row = {text: index for index, text in enumerate(texts)}
         rows = [torch.tensor([row[text] for text in column], device=device) for column in columns]
-        states = self.backbone.encode_text(texts)
+        states = self.backbone.encode_text(texts, self._on_truncate)
+        self._on_truncate = "ignore"
         tokens, mask, offsets = self._ground(batch.expressions, states, rows[3])
         return Encoded(
             latents=self.backbone.encode_image(images),

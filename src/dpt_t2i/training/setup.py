@@ -60,8 +60,9 @@ def set_up(config: ProbeConfig | TuneConfig) -> Setup:
     set_seed(config.seed)
     adapter, metadata = _adapter(config, backbone, taps, grounding.text_dim if grounding else backbone.text_dim)
     encoder = Encoder(backbone, adapter.config.num_token_classes, grounding)
-    examples = Examples(open_records(config.data, "train"), config.data.resolution, config.data.data_seed)
-    validation = Validation(backbone, adapter, taps, open_records(config.data, "val"), config.data.resolution)
+    size = config.data.resolution or min(backbone.image_size)
+    examples = Examples(open_records(config.data, "train", size), size, config.data.data_seed)
+    validation = Validation(backbone, adapter, taps, open_records(config.data, "val", size), size)
     return Setup(accelerator, backbone, taps, adapter, metadata, encoder, examples, validation)
 
 

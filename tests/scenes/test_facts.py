@@ -1,0 +1,73 @@
+import pytest
+
+from dpt_t2i.scenes.facts import Fact, Phrase, Seen, judge
+
+RED_CIRCLE = Seen("circle", "red", "small", (0.1, 0.1, 0.3, 0.3))
+RED_STAR = Seen("star", "red", "large", (0.6, 0.1, 0.9, 0.4))
+BLUE_CIRCLE = Seen("circle", "blue", "large", (0.1, 0.6, 0.4, 0.9))
+ALL = (RED_CIRCLE, RED_STAR, BLUE_CIRCLE)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "hits"),
+    [
+        (Phrase("circle"), [True, False, True]),
+        (Phrase("circle", "red"), [True, False, False]),
+        (Phrase("circle", size="large"), [False, False, True]),
+        (Phrase("star", "red", "small"), [False, False, False]),
+    ],
+)
+def test_a_phrase_matches_what_it_names(phrase, hits):
+    assert [phrase.matches(seen) for seen in ALL] == hits
+
+
+def test_an_attribute_that_could_not_be_told_matches_no_claim():
+    blur = Seen("circle", None, "small", (0, 0, 0.2, 0.2))
+    assert Phrase("circle").matches(blur)
+    assert not Phrase("circle", "red").matches(blur)
+    assert not Phrase("circle").matches(Seen(None, "red", "small", (0, 0, 0.2, 0.2)))
+
+
+@pytest.mark.parametrize(("count", "holds"), [(1, False), (2, True), (3, False)])
+def test_a_count_is_exact(count, holds):
+    assert Fact("count", Phrase("circle"), count=count).holds(ALL) is holds
+
+
+@pytest.mark.parametrize(
+    ("first", "relation", "second", "holds"),
+    [
+        (Phrase("circle", "red"), "left", Phrase("star"), True),
+        (Phrase("star"), "right", Phrase("circle", "red"), True),
+        (Phrase("star"), "left", Phrase("circle", "red"), False),
+        (Phrase("circle"), "above", Phrase("circle"), True),  # the red one above the blue one
+        (Phrase("circle", "red"), "above", Phrase("circle", "red"), False),  # nothing is above itself
+        (Phrase("circle", "blue"), "below", Phrase("circle"), True),
+        (Phrase("square"), "left", Phrase("star"), False),
+    ],
+)
+def test_relations(first, relation, second, holds):
+    assert Fact("relation", first, relation=relation, other=second).holds(ALL) is holds
+
+
+def test_a_prompt_is_right_when_all_its_facts_are():
+    right, wrong = Fact("exists", Phrase("star", "red")), Fact("exists", Phrase("cross"))
+    verdict = judge([right, wrong], ALL)
+    assert verdict.facts == ((right, True), (wrong, False)) and not verdict.correct
+    assert judge([right], ALL).correct
+    assert verdict.seen == ALL
+
+
+def test_extra_objects_are_allowed_and_counted():
+    assert judge([Fact("exists", Phrase("star"))], ALL).extra_objects == 2
+    assert judge([Fact("count", Phrase("circle"), count=2)], ALL).extra_objects == 1
+    assert judge([Fact("count", Phrase("circle"), count=4)], ALL).extra_objects == 0
+    two = [Fact("exists", Phrase("circle", "red")), Fact("exists", Phrase("star"))]
+    side = Fact("relation", Phrase("circle", "red"), relation="left", other=Phrase("star"))
+    assert judge([*two, side], ALL).extra_objects == 1  # a side asks for nothing more
+
+
+def test_facts_in_words():
+    small = Phrase("circle", "red", "small")
+    assert str(Fact("exists", small)) == "there is a small red circle"
+    assert str(Fact("count", Phrase("star"), count=3)) == "there are exactly 3 of star"
+    assert str(Fact("relation", small, relation="below", other=Phrase("star"))) == "small red circle is below star"

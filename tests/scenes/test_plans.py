@@ -1,0 +1,113 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dpt_t2i.scenes.facts import Phrase
+from dpt_t2i.scenes.language import CATEGORIES, Mention, Plan, caption, plan_held_out
+from dpt_t2i.scenes.plans import TRAINING_MIX, draw_plan, near_plans
+from tests.scenes import reading
+
+ALL = (*CATEGORIES, "several")
+RED_CIRCLE, BLUE_STAR = Mention(Phrase("circle", "red")), Mention(Phrase("star", "blue"))
+
+
+def test_the_mix_is_a_share_of_each_category():
+    assert set(TRAINING_MIX) == set(ALL) and sum(TRAINING_MIX.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("category", ALL)
+def test_training_plans_and_their_negatives_hold_nothing_out(category):
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        plan = draw_plan(category, rng)
+        assert not reading.held_out_words(caption(plan).text)
+        nears = list(near_plans(plan, rng))
+        assert nears
+        for near, _ in nears:
+            told = caption(near)
+            assert not reading.held_out_words(told.text), told.text
+            assert told.facts != caption(plan).facts, told.text
+            assert near.category == plan.category and len(near.mentions) == len(plan.mentions)
+
+
+@pytest.mark.parametrize("category", ["counting", "colors", "position", "color_attribution"])
+def test_held_out_plans_name_something_held_out(category):
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        plan = draw_plan(category, rng, held_out=True)
+        assert plan_held_out(plan) and reading.held_out_words(caption(plan).text)
+        for near, _ in near_plans(plan, rng):
+            assert not reading.held_out_words(caption(near).text)
+
+
+@pytest.mark.parametrize("category", ["single_object", "two_objects"])
+def test_what_names_no_composition_cannot_be_held_out(category):
+    with pytest.raises(ValueError, match=category):
+        draw_plan(category, np.random.default_rng(0), held_out=True)
+
+
+def test_categories_have_their_form():
+    rng = np.random.default_rng(3)
+    for _ in range(80):
+        assert len(draw_plan("single_object", rng).mentions) == 1
+        (mention,) = draw_plan("colors", rng).mentions
+        assert mention.phrase.color
+        first, second = (m.phrase for m in draw_plan("two_objects", rng).mentions)
+        assert first.shape != second.shape and not first.color and not second.color
+        assert draw_plan("counting", rng).count in (2, 3, 4)
+        position = draw_plan("position", rng)
+        assert position.relation and position.mentions[0].phrase != position.mentions[1].phrase
+        a, b = (m.phrase for m in draw_plan("color_attribution", rng).mentions)
+        assert a.color and b.color and a != b
+        assert len({m.phrase for m in draw_plan("several", rng).mentions}) in (3, 4)
+
+
+def near(plan: Plan) -> dict[str, set[str]]:
+    """All negatives over many lots: rule -> texts."""
+    found: dict[str, set[str]] = {}
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        for other, rule in near_plans(plan, rng):
+            found.setdefault(rule, set()).add(caption(other).text)
+    return found
+
+
+def test_negatives_of_a_side_by_hand():
+    red_cross, blue_star = Mention(Phrase("cross", "red")), BLUE_STAR
+    rules = near(Plan("position", (red_cross, blue_star), relation="left"))
+    assert rules["flip_relation"] == {"a red cross right of a blue star"}
+    assert rules["swap_objects"] == {"a blue star left of a red cross"}
+    assert "swap_colors" not in rules  # a red star is held out
+    assert "a yellow cross left of a blue star" in rules["replace_color"]
+    assert "a green cross left of a blue star" not in rules["replace_color"]  # held out
+    assert "a red triangle left of a blue star" in rules["replace_shape"]
+    assert "a red circle left of a blue star" not in rules["replace_shape"]  # a circle left of a star is held out
+
+
+def test_negatives_of_two_colours_by_hand():
+    rules = near(Plan("color_attribution", (Mention(Phrase("circle", "green")), BLUE_STAR)))
+    assert "swap_colors" not in rules  # a blue circle is held out
+    rules = near(Plan("color_attribution", (Mention(Phrase("circle", "green")), Mention(Phrase("star", "white")))))
+    assert rules["swap_colors"] == {"a white circle and a green star"}
+    same = Plan("color_attribution", (RED_CIRCLE, Mention(Phrase("circle", "green"))))
+    assert "swap_colors" not in near(same)  # it would say the same again
+    assert "a green circle and a green circle" not in near(same)["replace_color"]
+
+
+def test_negatives_of_a_number_by_hand():
+    assert near(Plan("counting", (RED_CIRCLE,), count=4))["change_count"] == {"three red circles"}
+    assert near(Plan("counting", (RED_CIRCLE,), count=2))["change_count"] == {"one red circle", "three red circles"}
+
+
+def test_the_closest_negatives_come_first():
+    rng = np.random.default_rng(5)
+    firsts = Counter(next(near_plans(draw_plan("position", rng), rng))[1] for _ in range(200))
+    assert firsts["flip_relation"] > 50 and firsts["swap_objects"] > 50
+    assert sum(n for rule, n in firsts.items() if rule.startswith("replace")) < 40  # where all swaps are held out
+
+
+def test_plans_follow_from_their_generator():
+    for category in ALL:
+        first, again = (draw_plan(category, np.random.default_rng(9)) for _ in range(2))
+        assert first == again

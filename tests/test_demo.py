@@ -1,0 +1,54 @@
+"""The whole loop through `run_demo`, on a tiny base that ships its own (random) artifacts."""
+
+import pytest
+
+from dpt_t2i.config import DemoConfig, ProbeConfig, TuneConfig, build_config
+from dpt_t2i.demo import run_demo
+from dpt_t2i.errors import InputError
+from dpt_t2i.training.probe import run_probe
+from dpt_t2i.training.tune import run_tune
+from tests.tiny import tiny_pipeline
+from tests.training.conftest import SMALL
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_pipeline().save_pretrained(folder)
+    common = SMALL | {"pretrained_model_name_or_path": str(folder), "max_train_steps": 1}
+    shipped = folder / "dpt"
+    run_probe(build_config(ProbeConfig, overrides=common | {"output_dir": shipped / "probe"}))
+    tuned = {"output_dir": shipped / "tuned", "adapter": str(shipped / "probe" / "adapter")}
+    run_tune(build_config(TuneConfig, overrides=common | tuned))
+    return folder
+
+
+def test_the_loop_ends_with_a_report(base, tmp_path):
+    config = build_config(
+        DemoConfig,
+        overrides={
+            "pretrained_model_name_or_path": str(base),
+            "probe_steps": 1,
+            "tune_steps": 1,
+            "demo_batch_size": 2,
+            "demo_prompts": 2,
+            "steps": 2,
+            "device": "cpu",
+            "output_dir": tmp_path / "demo",
+        },
+    )
+    result = run_demo(config)
+    assert len(result["summary"]) == 5
+    assert result["live"].keys() == result["shipped"].keys() == {"base", "dpt", "dpt_correct"}
+    assert result["live"]["base"] == result["shipped"]["base"], "the same base, prompts and seeds"
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "Live, on this machine: 1 steps of probing and 1 of tuning" in page
+    for artifact in ("probe/adapter/model.safetensors", "tune/pytorch_lora_weights.safetensors", "shipped/alignment.json"):
+        assert (tmp_path / "demo" / artifact).is_file()
+
+
+def test_a_base_that_ships_nothing_is_refused(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "bare")
+    config = build_config(DemoConfig, overrides={"pretrained_model_name_or_path": str(tmp_path / "bare")})
+    with pytest.raises(InputError, match="ships none"):
+        run_demo(config)
