@@ -84,7 +84,7 @@ def test_what_the_discriminative_evaluations_refuse(
     with pytest.raises(InputError, match="needs an adapter"):
         commands.run_rec(bare)
     plain = Record("1", "mine", lambda: Image.new("RGB", (32, 32)), ("a star",))
-    monkeypatch.setattr(commands, "open_records", lambda config, split: [plain])
+    monkeypatch.setattr(commands, "open_records", lambda *_: [plain])
     with pytest.raises(InputError, match="no hard negatives"):
         commands.run_itm(discrimination(tmp_path))
     with pytest.raises(InputError, match="no expressions"):

@@ -17,6 +17,8 @@ from common import BASE, WORK, half_weights, log, start
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dpt_t2i.config import GenerateConfig, build_config
+
 TARGET = Path("src/dpt_t2i/bundled")
 LIMIT_MB = 24.0
 
@@ -54,6 +56,7 @@ def main() -> None:
         config = json.loads(file.read_text())
         config["dtype"] = "float32"  # transformers would else load what it finds: half precision
         file.write_text(json.dumps(config, indent=2) + "\n")
+    _store_correction(learned)
     size = sum(file.stat().st_size for file in TARGET.rglob("*.safetensors")) / 1e6
     log.info("pack: %.1f MB of weights in %s", size, TARGET)
     if size > LIMIT_MB:
@@ -71,6 +74,15 @@ def _take(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
     half_weights(target)
+
+
+def _store_correction(learned: Path) -> None:
+    """The correction chosen on dev (`configs/bundled/generate.yaml`) travels with each adapter."""
+    chosen = build_config(GenerateConfig, Path("configs/bundled/generate.yaml")).correction
+    for file in learned.glob("*/adapter/config.json"):
+        card = json.loads(file.read_text())
+        card["metadata"]["correction"] = chosen.model_dump(mode="json")
+        file.write_text(json.dumps(card, indent=2) + "\n")
 
 
 if __name__ == "__main__":

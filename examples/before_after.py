@@ -1,0 +1,37 @@
+"""The README's picture: the same prompts and seeds, base, tuned, and tuned with self-correction.
+
+python examples/before_after.py docs/images/before_after.png
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+import dpt_t2i
+from dpt_t2i.evaluation.suites import open_suite
+from dpt_t2i.scenes.checker import check
+
+SIDE, TEXT = 128, 14
+PROMPTS = 6
+
+output = Path(sys.argv[1] if len(sys.argv) > 1 else "before_after.png")
+prompts = [numbered.prompt for numbered in open_suite("dev", 24)][::4][:PROMPTS]
+correction = {"correct": 0.02, "correction_rule": "relative"}
+rows = {
+    "base": dpt_t2i.load(lora="none").generate([p.text for p in prompts], seeds=0, steps=30),
+    "DPT": dpt_t2i.load().generate([p.text for p in prompts], seeds=0, steps=30),
+    "DPT + correction": dpt_t2i.load().generate([p.text for p in prompts], seeds=0, steps=30, **correction),
+}
+sheet = Image.new("RGB", (SIDE * len(prompts), (SIDE + TEXT) * len(rows) + TEXT), "white")
+draw = ImageDraw.Draw(sheet)
+for column, prompt in enumerate(prompts):
+    words = prompt.text.removeprefix("a photo of ")
+    draw.text((column * SIDE + 2, 1), words[:24], fill="black")
+    for row, (name, images) in enumerate(rows.items()):
+        top = TEXT + row * (SIDE + TEXT)
+        sheet.paste(images[column].resize((SIDE, SIDE), Image.Resampling.NEAREST), (column * SIDE, top))
+        mark = "right" if check(images[column], prompt.facts).correct else "wrong"
+        draw.text((column * SIDE + 2, top + SIDE), f"{name}: {mark}", fill="green" if mark == "right" else "red")
+output.parent.mkdir(parents=True, exist_ok=True)
+sheet.save(output)
