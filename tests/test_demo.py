@@ -43,7 +43,8 @@ def test_the_loop_ends_with_a_report(base, tmp_path):
     assert result["live"]["base"] == result["shipped"]["base"], "the same base, prompts and seeds"
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "Live, on this machine: 1 steps of probing and 1 of tuning" in page
-    for artifact in ("probe/adapter/model.safetensors", "tune/pytorch_lora_weights.safetensors", "shipped/alignment.json"):
+    made = ("probe/adapter/model.safetensors", "tune/pytorch_lora_weights.safetensors", "shipped/alignment.json")
+    for artifact in made:
         assert (tmp_path / "demo" / artifact).is_file()
 
 

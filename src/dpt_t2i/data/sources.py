@@ -16,7 +16,9 @@ SCENES_TRAIN = 1_000_000  # drawn when asked for: the number only fixes the leng
 
 
 def open_records(config: DataConfig, split: Literal["train", "val"], resolution: int) -> Sequence[Record]:
-    """Records of a split; scenes are drawn at `resolution` pixels. An imagefolder may have `train/` and `val/`; else its last `val_samples` are held out.
+    """Records of a split; scenes are drawn at `resolution` pixels.
+
+    An imagefolder may have `train/` and `val/`; else its last `val_samples` are held out.
 
     Raises:
         InputError: the folder is missing, or too small to hold anything out.
