@@ -5,7 +5,8 @@
 Each of `n` renders (scenes and their hard negatives' scenes in turn; sizes 48, 64, 96, 128 in turn) is held against a
 caption and its hard negative: two verdicts, each compared with the drawn truth. `vae_*`: the same scenes at 64 px after
 the bundled autoencoder; `soft_*`: after blur (sigma 0.7), noise (sigma 3 of 255) and a change of size to 3/4 and back.
-`noise_accept` and `blend_accept`: share of captions accepted on noise, plain colours, and the mean of two renders.
+`noise_accept` and `blend_accept`: share of captions accepted on noise, plain colours, and the mean of two renders
+(where two things of one colour overlap, a blend can truly hold a solid one).
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ class Stage:
 
     def __init__(self, name: str, model: nn.Module, lr: float, *, ema_decay: float = 0.999, weight_decay: float = 0.0):
         self.name, self.model, self.lr = name, model, lr
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+        )
         self.ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=0.75)
         self.step, self.samples = 0, 0
         self.file = WORK / f"{name}.pt"
@@ -69,6 +71,8 @@ class Stage:
             state = torch.load(self.file, weights_only=True, map_location="cpu")
             model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["fused"] = True  # whatever the file says: the arithmetic is the same
             self.ema.load_state_dict(state["ema"])
             self.ema.to(next(model.parameters()).device)
             self.step, self.samples = state["step"], state["samples"]

@@ -67,10 +67,10 @@ def _pixels(image: Image.Image) -> Floats:
 
 
 def _seen(region: Region, side: int) -> Seen:
-    found = fit_shape(region.coverage)
+    found = fit_shape(region.coverage, side)
     shift = np.array([region.left, region.top] * 2)
     x0, y0, x1, y1 = np.clip((found.box + shift) / side, 0, 1).tolist()
-    extent = found.extent / side
     color = name_color(region.shade, region.ground)
-    real = color is not None and EXTENTS_SEEN[0] <= extent <= EXTENTS_SEEN[1]
-    return Seen(found.shape if real else None, color, "large" if extent >= LARGE_FROM else "small", (x0, y0, x1, y1))
+    real = color is not None and EXTENTS_SEEN[0] <= found.extent <= EXTENTS_SEEN[1]
+    size = "large" if found.extent >= LARGE_FROM else "small"
+    return Seen(found.shape if real else None, color, size, (x0, y0, x1, y1))

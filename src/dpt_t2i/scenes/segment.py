@@ -76,7 +76,7 @@ def firm(share: Floats) -> Floats:
 
 def ground_of(pixels: Floats) -> Floats | None:
     """The ground behind each pixel [side, side, 3]: greyish pixels, spread over what hides it; None if few."""
-    value, chroma = _value_and_chroma(pixels)
+    value, chroma = _value_and_chroma(ndimage.uniform_filter(pixels, (3, 3, 1)))  # grain is no colour
     grey = (chroma <= GROUND_CHROMA) & (value >= GROUND_VALUE[0]) & (value <= GROUND_VALUE[1])
     clean = ndimage.binary_erosion(grey, np.ones((3, 3)), border_value=1)  # a mixed edge pixel can look grey
     if clean.mean() < LEAST_GROUND:

@@ -23,18 +23,20 @@ SPAN = 2.4  # its width in units of the root of the shape's area; the star is 1.
 TURNS = tuple(range(-15, 16, 3))  # degrees; things are drawn within 12
 BLURS = (0.02, 0.05, 0.08, 0.11, 0.15, 0.2)  # sigma in units of extent; 0.1 is 1.4 pixels on a small thing at 64
 LEAST_FIT = 0.9  # overlap with the best template; drawn things have 0.97 or more, and 0.9 or more if stretched by 1.15
+USUAL = (0.175, 0.45)  # extents, fractions of the side, that the world draws (0.2 to 0.4), and a little beyond
+UNUSUAL_COST = 0.015  # of overlap; it tells a small star with blurred arms from a circle smaller than any
 LEAST_LEAD = (0.004, 0.3)  # the best of another shape is worse by this much, and by this share of the best one's misfit
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How the best template lies over a mask; lengths in the mask's pixels."""
+    """How the best template lies over a mask."""
 
     shape: str | None  # None: no template fits, or two shapes fit as well
     overlap: float  # with the best template, 0..1
     lead: float  # by how much it is better than the best of another shape
-    extent: float  # of the best template, see SceneObject.extent
-    box: Box  # xyxy of the best template's outline
+    extent: float  # of the best template, fraction of the side, see SceneObject.extent
+    box: Box  # xyxy of the best template's outline, in the mask's pixels
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class _Templates:
     boxes: Floats  # [n, 4]: xyxy of the outline around the centre of mass, in the same unit
 
 
-def fit_shape(coverage: Floats) -> Fit:
-    """Find the shape of a thing that covers the share `coverage` [h, w], 0..1, of each pixel."""
+def fit_shape(coverage: Floats, side: int) -> Fit:
+    """Find the shape of a thing that covers the share `coverage` [h, w], 0..1, of pixels of a `side` x `side` image."""
     cx, cy, unit = _place(coverage)
     mask, bank = _sample(coverage, cx, cy, unit), _templates()
     common = bank.masks @ mask
     overlaps = common / (bank.squares + mask @ mask - common)  # intersection over union of soft masks (Tanimoto)
+    extents = bank.extents * (unit / side)
+    overlaps -= UNUSUAL_COST * ((extents < USUAL[0]) | (extents > USUAL[1]))
     best = int(overlaps.argmax())
     overlap = float(overlaps[best])
     lead = overlap - float(overlaps[bank.shapes != bank.shapes[best]].max())
@@ -61,7 +65,7 @@ def fit_shape(coverage: Floats) -> Fit:
         shape=SHAPES[bank.shapes[best]] if told else None,
         overlap=overlap,
         lead=lead,
-        extent=float(bank.extents[best]) * unit,
+        extent=float(extents[best]),
         box=(cx + x0, cy + y0, cx + x1, cy + y1),
     )
 
