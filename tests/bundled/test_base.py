@@ -50,6 +50,27 @@ def test_image_encoder_loads():
     assert encoder(torch.zeros(1, 3, 64, 64)).image_embeds.shape == (1, 128)
 
 
+def test_text_and_image_meet_in_one_space(pipeline):
+    """Own captions score above hard negatives, on scenes that trained nothing, more often than by chance."""
+    from safetensors.torch import load_file
+
+    from dpt_t2i.data.transforms import to_pixels
+    from dpt_t2i.scenes.example import make_example
+    from dpt_t2i.scenes.render import render
+
+    encoder = CLIPVisionModelWithProjection.from_pretrained(BUNDLED / "image_encoder", local_files_only=True)
+    projection = load_file(BUNDLED / "image_encoder" / "text_projection.safetensors")["text_projection.weight"].float()
+    examples = [make_example(i, split="val") for i in range(120)]
+    texts = [e.caption.text for e in examples] + [e.negative.caption.text for e in examples]
+    ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        pixels = torch.stack([to_pixels(render(e.scene)) for e in examples])
+        image = torch.nn.functional.normalize(encoder(pixels).image_embeds, dim=-1)
+        text = torch.nn.functional.normalize(pipeline.text_encoder(ids).pooler_output @ projection.T, dim=-1)
+    own, near = (image * text.unflatten(0, (2, -1))).sum(-1)
+    assert (own > near).float().mean() > 0.62  # chance 0.5, standard error 0.045
+
+
 def test_weights_stay_under_24_mb_and_are_half_precision():
     from safetensors import safe_open
 

@@ -57,6 +57,14 @@ def test_softened_renders_are_read_as_drawn():
     assert np.mean(right) >= 0.99
 
 
+def test_coarse_grain_hides_nothing():
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        scene = make_example(index, seed=SEED, split="val").scene
+        grainy = np.asarray(render(scene), dtype=np.float32) + rng.normal(0, 10, (64, 64, 3))
+        assert names(detect(as_image(grainy))) == names(seen_in(scene))
+
+
 def test_held_out_compositions_are_read_too():
     for index in range(60):
         example = make_example(index, seed=SEED, split="heldout")

@@ -13,14 +13,17 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from common import BASE, WORK, half_weights, log, start
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpt_t2i.config import GenerateConfig, build_config
 
 TARGET = Path("src/dpt_t2i/bundled")
 LIMIT_MB = 24.0
+PROJECTION = "text_projection.safetensors"
 
 
 def main() -> None:
@@ -44,7 +47,10 @@ def main() -> None:
     if kept.exists():
         shutil.copytree(kept, learned)
         shutil.rmtree(kept)
+    _spell_out(TARGET / "base" / "tokenizer")
     shutil.copytree(WORK / "image_encoder", TARGET / "image_encoder", dirs_exist_ok=True)
+    projection = torch.load(WORK / "text_projection.pt", weights_only=True)  # into the image encoder's space
+    save_file({"text_projection.weight": projection["weight"]}, TARGET / "image_encoder" / PROJECTION)
     _take(WORK / "probe" / "adapter", learned / "probe" / "adapter")
     _take(WORK / "tune" / "adapter", learned / "tuned" / "adapter")
     _take(WORK / "tune" / "pytorch_lora_weights.safetensors", learned / "tuned" / "pytorch_lora_weights.safetensors")
@@ -61,6 +67,16 @@ def main() -> None:
     log.info("pack: %.1f MB of weights in %s", size, TARGET)
     if size > LIMIT_MB:
         raise SystemExit(f"pack: {size:.1f} MB is over the limit of {LIMIT_MB} MB")
+
+
+def _spell_out(tokenizer: Path) -> None:
+    """`vocab.json` and `merges.txt` beside `tokenizer.json`: what older transformers and other tools read."""
+    model = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
+    added = json.loads((tokenizer / "tokenizer.json").read_text())["added_tokens"]
+    vocab = model["vocab"] | {token["content"]: token["id"] for token in added}
+    (tokenizer / "vocab.json").write_text(json.dumps(vocab))
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]) + "\n")
 
 
 def _take(source: Path, target: Path) -> None:

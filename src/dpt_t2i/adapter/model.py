@@ -91,6 +91,11 @@ class DiscriminativeAdapter(nn.Module):
             token_mask=text_mask,
         )
 
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """To be called after an optimiser step, as CLIP does: beyond the limit the forward's clamp has no gradient."""
+        self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
     def _fuse(self, features: Features) -> Tensor:
         """Normalise, project and sum the taps' maps -> `[B, d, h, w]` of the largest map."""
         projected: list[Tensor] = []

@@ -34,7 +34,7 @@ class ProbeConfig(Section):
     loss: ItmRecConfig = ItmRecConfig()
     train: TrainConfig = TrainConfig()
     output_dir: Path = Field(Path("runs/probe"), description="run folder")
-    seed: int = Field(0, description="seed of weights, noise and timesteps")
+    seed: int = Field(0, ge=0, description="seed of weights, noise and timesteps")
 
 
 class TuneConfig(Section):
@@ -51,7 +51,7 @@ class TuneConfig(Section):
         "dpt", description="`denoise_only` = the control arm: LoRA on the denoising loss alone"
     )
     output_dir: Path = Field(Path("runs/tune"), description="run folder")
-    seed: int = Field(0, description="seed of weights, noise and timesteps")
+    seed: int = Field(0, ge=0, description="seed of weights, noise and timesteps")
 
 
 class GenerateConfig(Section):
@@ -67,7 +67,7 @@ class GenerateConfig(Section):
     correction: CorrectionConfig = CorrectionConfig()
     search: SearchConfig = SearchConfig()
     output_dir: Path = Field(Path("runs/generate"), description="generation folder")
-    seed: int = Field(0, description="seed of scoring noise; images take theirs from --seeds")
+    seed: int = Field(0, ge=0, description="seed of scoring noise; images take theirs from --seeds")
 
 
 class ScoreConfig(Section):
@@ -77,7 +77,7 @@ class ScoreConfig(Section):
     score_timestep: int = Field(250, ge=0, description="timestep of the judged latent")
     score_draws: Positive = Field(4, description="noises averaged")
     output_dir: Path = Field(Path("runs/score"), description="where the annotated PNG goes")
-    seed: int = Field(0, description="seed of the noise")
+    seed: int = Field(0, ge=0, description="seed of the noise")
 
 
 class AlignmentConfig(Section):
@@ -103,7 +103,7 @@ class AlignmentConfig(Section):
     search: SearchConfig = SearchConfig()
     bootstrap_draws: Positive = Field(10_000, description="resamples of a confidence interval")
     output_dir: Path = Field(Path("runs/alignment"), description="evaluation folder; finished images are reused")
-    seed: int = Field(0, description="seed of scoring noise and resampling; images take theirs from --seeds")
+    seed: int = Field(0, ge=0, description="seed of scoring noise and resampling; images take theirs from --seeds")
 
 
 class DiscriminationConfig(Section):
@@ -116,7 +116,7 @@ class DiscriminationConfig(Section):
     )
     eval_batch_size: Positive = Field(32, description="examples at once; never changes a score")
     output_dir: Path = Field(Path("runs/discrimination"), description="evaluation folder")
-    seed: int = Field(0, description="seed of the noise, shared by an example's positive and negatives")
+    seed: int = Field(0, ge=0, description="seed of the noise, shared by an example's positive and negatives")
 
 
 class DemoConfig(Section):
@@ -130,7 +130,7 @@ class DemoConfig(Section):
     seeds: str = Field("0", description="`0`, `0,3,7` or `0-3`")
     sample: SampleConfig = SampleConfig(steps=30)
     output_dir: Path = Field(Path("runs/demo"), description="demo folder")
-    seed: int = Field(0, description="seed of training and of scoring noise; images take theirs from --seeds")
+    seed: int = Field(0, ge=0, description="seed of training and of scoring noise; images take theirs from --seeds")
 
 
 class DoctorConfig(Section):

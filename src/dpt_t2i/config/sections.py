@@ -61,8 +61,8 @@ class DataConfig(Section):
         None, description="pixels of the square image given to the VAE; default: the model's own size"
     )
     dataloader_num_workers: int = Field(0, ge=0, description="loader processes; never changes what is seen")
-    data_seed: int = Field(0, description="seed of the example order and of every random choice in the data")
-    max_samples: int | None = Field(None, description="use only the first N records")
+    data_seed: int = Field(0, ge=0, description="seed of the example order and of every random choice in the data")
+    max_samples: Annotated[int, Field(gt=1)] | None = Field(None, description="use only the first N records")
     val_samples: Positive = Field(256, description="held-out examples of a validation")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from dpt_t2i.boxes import xyxy_to_cxcywh
 
 Box = tuple[float, float, float, float]
 
@@ -37,12 +40,11 @@ def fit_square(image: Image.Image, boxes: Sequence[Box], size: int) -> tuple[Ima
         else:
             left, top = min(max(left, x1 - window), x0), min(max(top, y1 - window), y0)
             left, top = min(max(left, 0), width - window), min(max(top, 0), height - window)
+    left, top = math.floor(left + 0.5), math.floor(top + 0.5)  # whole pixels, for the picture and the boxes alike
     square = _cut(image, left, top, window, size)
-    scale = np.array([window] * 4, dtype=np.float64)
-    rows = [
-        np.array([x + w / 2 - left, y + h / 2 - top, w, h]) / scale for x, y, w, h in boxes
-    ]  # cxcywh, fractions of the window
-    return square, torch.tensor(np.array(rows).reshape(-1, 4), dtype=torch.float32).clamp(0, 1)
+    edges = [(x - left, y - top, x + w - left, y + h - top) for x, y, w, h in boxes]
+    inside = torch.tensor(edges, dtype=torch.float32).reshape(-1, 4).div(window).clamp(0, 1)
+    return square, xyxy_to_cxcywh(inside)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -51,9 +53,8 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1).div_(127.5).sub_(1.0).contiguous()
 
 
-def _cut(image: Image.Image, left: float, top: float, window: float, size: int) -> Image.Image:
+def _cut(image: Image.Image, left: int, top: int, window: int, size: int) -> Image.Image:
     if image.size == (size, size) and window == size:
         return image
-    box = (round(left), round(top), round(left + window), round(top + window))
-    cropped = image.crop(box)  # beyond the border it is black: the letterbox
+    cropped = image.crop((left, top, left + window, top + window))  # beyond the border it is black: the letterbox
     return cropped.resize((size, size), Image.Resampling.LANCZOS)

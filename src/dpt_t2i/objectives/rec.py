@@ -24,8 +24,8 @@ def rec_losses(
     Args:
         output: of the adapter for B (image, expression) pairs, with `token_align`.
         targets: of the B expressions, on the same device; examples without boxes add nothing.
-        num_boxes: what the sums are divided by: target boxes over all processes / number of processes; at least 1
-            is used.
+        num_boxes: what the sums are divided by: target boxes over all processes / number of processes / micro-batches
+            of the step; positive.
         eos_coef: weight of the cross entropy of unmatched queries, whose target is "no object".
         temperature: of the alignment's softmaxes.
 
@@ -46,7 +46,7 @@ def rec_losses(
             **_box_losses(output.boxes, matching, torch.cat(targets.boxes)),
             "loss_align": _alignment_loss(output, output.token_align.float(), matching, token_rows, temperature),
         }
-    return {name: value / max(num_boxes, 1.0) for name, value in sums.items()}
+    return {name: value / num_boxes for name, value in sums.items()}
 
 
 def _soft_token_loss(

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
 from dpt_t2i.scenes.world import Box, Relation, Scene, relation_between
 
 
@@ -80,12 +83,21 @@ class Verdict:
 
 def judge(facts: Sequence[Fact], seen: Sequence[Seen]) -> Verdict:
     """Hold claims against seen objects. Extra objects are allowed, and counted."""
-    asked = sum(f.count for f in facts if f.kind != "relation")
     return Verdict(
         facts=tuple((fact, fact.holds(seen)) for fact in facts),
-        extra_objects=max(0, len(seen) - asked),
+        extra_objects=len(seen) - _asked_for(facts, seen),
         seen=tuple(seen),
     )
+
+
+def _asked_for(facts: Sequence[Fact], seen: Sequence[Seen]) -> int:
+    """How many seen objects the claims account for: the largest matching of objects to the things that were named."""
+    named = [fact.phrase for fact in facts if fact.kind != "relation" for _ in range(fact.count)]
+    if not named or not seen:
+        return 0
+    fits = np.array([[phrase.matches(thing) for thing in seen] for phrase in named], dtype=float)
+    rows, columns = linear_sum_assignment(fits, maximize=True)
+    return int(fits[rows, columns].sum())
 
 
 def seen_in(scene: Scene) -> list[Seen]:

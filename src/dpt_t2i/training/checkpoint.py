@@ -68,6 +68,13 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def drop_later(run: Path, step: int) -> None:
+    """Remove checkpoints after `step`: they are of a run that this one replaces, and `latest` would find them."""
+    for number, path in checkpoints(run):
+        if number > step:
+            shutil.rmtree(path)
+
+
 def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
     """The folder that `resume_from_checkpoint` means; None = start afresh.
 

@@ -1,16 +1,18 @@
 """The loop that both stages share: windows of micro-batches, one optimiser step each, from any step on.
 
 Everything random in step s follows from (seed, s): the examples, noise, timesteps, dropped captions, dropout. So the
-same training comes out on one process or several, and after a stop.
+same training comes out after a stop, and (but for dropout's masks) on one process or several.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +24,7 @@ from tqdm.auto import tqdm
 from dpt_t2i.config import DataConfig, TrainConfig
 from dpt_t2i.data.examples import Batch, Examples, MicroBatches, collate
 from dpt_t2i.errors import InputError
-from dpt_t2i.training.checkpoint import find_checkpoint, read_optimizer, write_checkpoint
+from dpt_t2i.training.checkpoint import drop_later, find_checkpoint, read_optimizer, write_checkpoint
 from dpt_t2i.training.encode import Encoded, Encoder
 from dpt_t2i.training.objective import Draw, weigh
 from dpt_t2i.training.trackers import Metrics
@@ -47,6 +49,7 @@ class Job:
     load_artifacts: Callable[[Path], None]  # put a checkpoint's weights back in place
     validate: Callable[[], dict[str, float]]
     refresh: Callable[[int, Batch], Batch] | None = None  # may replace examples of a batch (on-policy negatives)
+    after_step: Callable[[], None] | None = None  # keeps parameters inside their bounds
 
 
 def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
@@ -63,11 +66,18 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=settings.learning_rate, weight_decay=settings.adam_weight_decay
     )
-    first = 0
+    first, identity = 0, _identity(job, accelerator)
+    saved: dict[str, Any] = {}
     if checkpoint is not None:
-        first = int(read_optimizer(checkpoint, parameters, optimizer)["step"])
+        saved = read_optimizer(checkpoint, parameters, optimizer)
+        first = int(saved["step"])
+        _check_identity(checkpoint, saved, identity)
+    if accelerator.is_main_process:
+        drop_later(job.output_dir, first)
     factor = _rate_factor(settings)
     model, wrapped = accelerator.prepare(job.objective, optimizer)
+    if accelerator.scaler is not None and saved.get("scaler"):
+        accelerator.scaler.load_state_dict(saved["scaler"])
     metrics = Metrics(job.output_dir, accelerator, first)
     windows = _windows(job, accelerator, first)
     progress = tqdm(
@@ -99,11 +109,33 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
             metrics.write(done, "val", figures)
             clock, since = time.perf_counter(), done
         if (last or done % settings.checkpointing_steps == 0) and accelerator.is_main_process:
+            extra = identity | {"scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
             write_checkpoint(
-                job.output_dir, done, parameters, optimizer, job.save_artifacts, {}, settings.checkpoints_total_limit
+                job.output_dir, done, parameters, optimizer, job.save_artifacts, extra, settings.checkpoints_total_limit
             )
     progress.close()
+    accelerator.end_training()
     return figures
+
+
+def _identity(job: Job, accelerator: Accelerator) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that goes on from it: else other examples are seen."""
+    return {
+        "examples_a_step": job.train.train_batch_size
+        * job.train.gradient_accumulation_steps
+        * accelerator.num_processes,
+        "seed": job.seed,
+        "data_seed": job.data.data_seed,
+        "records": len(job.examples.records),
+    }
+
+
+def _check_identity(checkpoint: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    for key, value in identity.items():
+        if saved.get(key, value) != value:
+            raise InputError(
+                f"{checkpoint} was written with {key} = {saved[key]}, this run has {value}; use its settings"
+            )
 
 
 def _step(
@@ -117,25 +149,34 @@ def _step(
     """One optimiser step over a window of micro-batches; mean loss terms over it, and the gradient's norm."""
     boxes = torch.tensor(float(sum(batch.targets.num_boxes() for batch, _ in window)), device=accelerator.device)
     # Each micro-batch is later averaged over the window and over the processes, so its share of the boxes is the mean.
-    num_boxes = float(accelerator.reduce(boxes, reduction="mean")) / len(window)
+    all_boxes = max(1.0, float(accelerator.reduce(boxes, reduction="sum")))
+    num_boxes = all_boxes / accelerator.num_processes / len(window)
+    where = f"step {step + 1}, records {[list(batch.records) for batch, _ in window]}"
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for index, (batch, draw) in enumerate(window):
         last = index == len(window) - 1
         with _maybe_no_sync(accelerator, model, not last):
-            terms = model(batch, draw, num_boxes)
+            try:
+                terms = model(batch, draw, num_boxes)
+            except InputError as error:
+                raise InputError(f"{where}: {error}; the last checkpoint in {job.output_dir} is intact") from error
             total = weigh(terms, job.weights).total / len(window)
             if not torch.isfinite(total):
                 named = {name: value.item() for name, value in terms.items()}
                 raise InputError(
-                    f"the loss is not finite at step {step + 1}, records {list(batch.records)}: {named}; "
-                    f"lower learning_rate or mend the data; the last checkpoint in {job.output_dir} is intact"
+                    f"the loss is not finite at {where}: {named}; lower learning_rate or mend the data; "
+                    f"the last checkpoint in {job.output_dir} is intact"
                 )
             accelerator.backward(total)
         for name, value in {**terms, "loss": total * len(window)}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / len(window)
     norm = accelerator.clip_grad_norm_(model.parameters(), job.train.max_grad_norm)
+    if accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+        raise InputError(f"the gradient is not finite at {where}; the last checkpoint in {job.output_dir} is intact")
     optimizer.step()
+    if job.after_step is not None:
+        job.after_step()
     names = sorted(sums)
     means = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="mean").tolist()
     return dict(zip(names, means, strict=True)), float(norm) if norm is not None else 0.0

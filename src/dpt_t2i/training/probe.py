@@ -47,6 +47,7 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
             save_artifacts=save,
             load_artifacts=lambda folder: restore_adapter(setup, folder),
             validate=setup.validation,
+            after_step=setup.adapter.clamp_logit_scale,
             refresh=OnPolicy.of(config.loss, setup.backbone, setup.examples, config.seed),
         ),
         setup.accelerator,

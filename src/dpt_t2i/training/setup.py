@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from dpt_t2i.adapter.grounding_text import load_grounding_text
-from dpt_t2i.adapter.io import load_adapter, save_adapter
+from dpt_t2i.adapter.io import load_adapter, read_adapter_card, save_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.interface import Backbone
-from dpt_t2i.backbones.loading import load_backbone
+from dpt_t2i.backbones.loading import load_backbone, resolve_device
 from dpt_t2i.backbones.types import Tap
-from dpt_t2i.config import ProbeConfig, TrainConfig, TrainModelConfig, TuneConfig, save_config
+from dpt_t2i.config import AdapterConfig, ProbeConfig, TrainConfig, TrainModelConfig, TuneConfig, save_config
 from dpt_t2i.data.examples import Examples
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
 from dpt_t2i.training.encode import Encoder
 from dpt_t2i.training.validation import Validation
+
+StageConfig = TypeVar("StageConfig", ProbeConfig, TuneConfig)
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,13 @@ class Setup:
     validation: Validation
 
 
-def set_up(config: ProbeConfig | TuneConfig) -> Setup:
+def set_up(config: StageConfig) -> Setup:
     """Load and build, write `config.yaml`; weights of a new adapter follow from `config.seed`.
 
     Raises:
         InputError: anything that is missing, broken, or does not fit together.
     """
-    if config.train.min_timestep > config.train.max_timestep:
-        raise InputError(f"min_timestep {config.train.min_timestep} is above max_timestep {config.train.max_timestep}")
+    config = _with_the_adapters_sizes(config)
     accelerator = make_accelerator(config.train, config.model, config.output_dir)
     if accelerator.is_main_process:
         save_config(config, config.output_dir / "config.yaml")
@@ -57,6 +58,12 @@ def set_up(config: ProbeConfig | TuneConfig) -> Setup:
     grounding = None
     if config.adapter.grounding_text != "denoiser":
         grounding = load_grounding_text(config.adapter.grounding_text, accelerator.device)
+    low, high = config.train.min_timestep, config.train.max_timestep
+    if not low <= high < backbone.num_train_timesteps:
+        raise InputError(
+            f"timesteps {low} to {high}: min_timestep must not be above max_timestep, nor that above the model's last, "
+            f"{backbone.num_train_timesteps - 1}"
+        )
     set_seed(config.seed)
     adapter, metadata = _adapter(config, backbone, taps, grounding.text_dim if grounding else backbone.text_dim)
     encoder = Encoder(backbone, adapter.config.num_token_classes, grounding)
@@ -67,16 +74,35 @@ def set_up(config: ProbeConfig | TuneConfig) -> Setup:
 
 
 def make_accelerator(train: TrainConfig, model: TrainModelConfig, folder: Path) -> Accelerator:
-    """Accelerate's own choice of device and processes; `device: cpu` keeps it off the accelerators."""
-    accelerator = Accelerator(
-        mixed_precision=train.mixed_precision,
-        cpu=model.device == "cpu",
-        log_with=train.report_to,
-        project_dir=str(folder),
-    )
-    if train.report_to:
-        accelerator.init_trackers("dpt-t2i")
+    """Accelerate's own choice of device and processes, or the single device that `device` names.
+
+    Raises:
+        InputError: the device is not here, or accelerate refuses mixed_precision or report_to.
+    """
+    place = resolve_device(model.device)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=train.mixed_precision,
+            cpu=place.type == "cpu",
+            log_with=train.report_to,
+            project_dir=str(folder),
+        )
+        if train.report_to:
+            accelerator.init_trackers("dpt-t2i")
+    except (ValueError, ImportError) as error:
+        raise InputError(f"mixed_precision {train.mixed_precision}, report_to {train.report_to}: {error}") from error
     return accelerator
+
+
+def _with_the_adapters_sizes(config: StageConfig) -> StageConfig:
+    """Going on from an adapter, its own sizes and grounding encoder hold, whatever the config says of new ones."""
+    source = config.model.adapter
+    if source in (None, "none"):
+        return config
+    sizes = AdapterConfig.model_validate(read_adapter_card(Path(str(source)))["adapter"])
+    return config.model_copy(update={"adapter": sizes})
 
 
 def store_adapter(setup: Setup, folder: Path, **metadata: Any) -> None:

@@ -64,6 +64,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
             save_artifacts=save,
             load_artifacts=load,
             validate=setup.validation if discriminative else dict,
+            after_step=setup.adapter.clamp_logit_scale,
             refresh=OnPolicy.of(config.loss, setup.backbone, setup.examples, config.seed) if discriminative else None,
         ),
         setup.accelerator,

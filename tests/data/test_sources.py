@@ -1,0 +1,69 @@
+"""Which records belong to which split of a data set."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dpt_t2i.config import DataConfig
+from dpt_t2i.data.scenes import SceneRecords
+from dpt_t2i.data.sources import SCENES_TRAIN, open_records
+from dpt_t2i.errors import InputError
+
+
+def imagefolder(folder: Path, names: str) -> Path:
+    """One record a letter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("L", (2, 2)).save(folder / f"{name}.png")
+    lines = [json.dumps({"file_name": f"{name}.png", "captions": [name]}) for name in names]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def names(folder: Path, split, **data) -> str:
+    records = open_records(DataConfig(dataset=str(folder), **data), split, 16)
+    return "".join(record.captions[0] for record in records)
+
+
+def test_scenes_are_drawn_at_the_asked_size_and_seed():
+    config = DataConfig(val_samples=7, max_samples=50, data_seed=3)
+    train, val = open_records(config, "train", 24), open_records(config, "val", 24)
+    assert isinstance(train, SceneRecords) and isinstance(val, SceneRecords)
+    assert (len(train), len(val)) == (50, 7)
+    assert train[0].load_image().size == (24, 24)
+    assert (train[0].id, val[6].id) == ("train-3-000000", "val-3-000006")
+    assert len(open_records(DataConfig(), "train", 24)) == SCENES_TRAIN
+
+
+def test_train_and_val_folders_are_taken_as_they_are(tmp_path):
+    imagefolder(tmp_path / "train", "abcde")
+    imagefolder(tmp_path / "val", "vwxyz")
+    assert names(tmp_path, "train", val_samples=2) == "abcde", "nothing more is held out"
+    assert names(tmp_path, "val", val_samples=2) == "vw"
+    assert names(tmp_path, "val", val_samples=100) == "vwxyz"
+    assert names(tmp_path, "train", max_samples=3) == "abc"
+
+
+def test_the_tail_of_a_plain_folder_is_held_out(tmp_path):
+    folder = imagefolder(tmp_path, "abcdef")
+    assert (names(folder, "train", val_samples=2), names(folder, "val", val_samples=2)) == ("abcd", "ef")
+    # The tail is the same whatever share of the rest is trained on.
+    limited = {"val_samples": 2, "max_samples": 3}
+    assert (names(folder, "train", **limited), names(folder, "val", **limited)) == ("abc", "ef")
+
+
+def test_two_records_must_be_left_to_train_on(tmp_path):
+    folder = imagefolder(tmp_path, "abcd")
+    assert (names(folder, "train", val_samples=2), names(folder, "val", val_samples=2)) == ("ab", "cd")
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match="has 4 records, too few to hold out val_samples=3"):
+            names(folder, split, val_samples=3)
+
+
+def test_an_unknown_name_is_no_data_set(tmp_path):
+    with pytest.raises(InputError, match="`scnes` is neither `scenes` nor a folder"):
+        open_records(DataConfig(dataset="scnes"), "train", 16)
+    with pytest.raises(InputError, match=r"metadata\.jsonl does not exist"):
+        names(tmp_path, "train")

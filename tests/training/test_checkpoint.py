@@ -1,0 +1,193 @@
+"""Checkpoints are whole or not there, rotate, are found by name, and give AdamW its moments back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dpt_t2i.errors import InputError
+from dpt_t2i.training import checkpoint
+from dpt_t2i.training.checkpoint import checkpoints, find_checkpoint, read_optimizer, write_checkpoint
+
+Parameters = dict[str, nn.Parameter]
+
+
+def trained(*shape: int, steps: int = 2) -> tuple[Parameters, torch.optim.AdamW]:
+    """`used` takes gradient n at step n, `idle` never one."""
+    parameters = {"used": nn.Parameter(torch.zeros(shape or (2,))), "idle": nn.Parameter(torch.zeros(1))}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    for step in range(1, steps + 1):
+        parameters["used"].grad = torch.full_like(parameters["used"], float(step))
+        optimizer.step()
+    return parameters, optimizer
+
+
+def write(run: Path, step: int, keep: int = 10, text: str = "weights") -> Path:
+    parameters, optimizer = trained()
+    return write_checkpoint(
+        run, step, parameters, optimizer, lambda folder: (folder / "art").write_text(text), {"scale": 8.0}, keep
+    )
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file below, hidden folders included."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def test_a_checkpoint_holds_artifacts_moments_and_state(tmp_path):
+    folder = write(tmp_path / "run", 7)
+    assert folder == tmp_path / "run" / "checkpoint-7"
+    assert sorted(path.name for path in folder.iterdir()) == ["art", "optimizer.safetensors", "state.json"]
+    assert json.loads((folder / "state.json").read_text()) == {"step": 7, "scale": 8.0}
+    moments = load_file(folder / "optimizer.safetensors")
+    assert moments.keys() == {"used|step", "used|exp_avg", "used|exp_avg_sq"}
+    # Gradients 1 and 2 with betas 0.9, 0.999: 0.9 * 0.1 * 1 + 0.1 * 2, and 0.999 * 0.001 * 1 + 0.001 * 4.
+    assert moments["used|exp_avg"].tolist() == pytest.approx([0.29, 0.29])
+    assert moments["used|exp_avg_sq"].tolist() == pytest.approx([0.004999, 0.004999])
+    assert moments["used|step"].item() == 2
+
+
+def test_nothing_has_the_final_name_before_all_is_written(tmp_path):
+    seen: list[Path] = []
+
+    def save(folder: Path) -> None:
+        seen.append(folder)
+        assert folder.is_dir() and not (tmp_path / "checkpoint-3").exists()
+        assert checkpoints(tmp_path) == []
+
+    parameters, optimizer = trained()
+    write_checkpoint(tmp_path, 3, parameters, optimizer, save, {}, 2)
+    assert seen == [tmp_path / ".checkpoint-3.partial"]
+    assert not seen[0].exists()
+
+
+@pytest.mark.parametrize("broken", ["artifacts", "moments", "state", "rename"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, broken):
+    write(tmp_path, 1)
+    write(tmp_path, 2, text="older")
+    before = contents(tmp_path)
+    full = OSError(28, "No space left on device")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise full
+
+    def save(folder: Path) -> None:
+        (folder / "art").write_text("half")
+        if broken == "artifacts":
+            raise full
+
+    parameters, optimizer = trained()
+    if broken == "moments":
+        monkeypatch.setattr(checkpoint, "save_file", fail)
+    elif broken == "state":
+        monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: fail() if self.name == "state.json" else 0)
+    elif broken == "rename":
+        monkeypatch.setattr(checkpoint.os, "replace", fail)
+    with pytest.raises(InputError, match=r"cannot write .*checkpoint-3: .*No space left on device.* are intact"):
+        write_checkpoint(tmp_path, 3, parameters, optimizer, save, {}, 1)
+    assert contents(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}, "no partial folder"
+
+
+def test_leftovers_of_a_kill_do_not_get_into_the_next_try(tmp_path):
+    leftover = tmp_path / ".checkpoint-4.partial"
+    leftover.mkdir()
+    (leftover / "stale").write_text("from a killed run")
+    folder = write(tmp_path, 4)
+    assert not (folder / "stale").exists() and not leftover.exists()
+
+
+def test_the_same_step_again_replaces_the_folder(tmp_path):
+    write(tmp_path, 5, text="first")
+    folder = write(tmp_path, 5, text="second")
+    assert (folder / "art").read_text() == "second"
+    assert [step for step, _ in checkpoints(tmp_path)] == [5]
+
+
+def test_rotation_keeps_the_newest_by_number(tmp_path):
+    for step in (8, 9, 10, 100):  # as text 10 and 100 come before 8
+        write(tmp_path, step, keep=2)
+    assert [(step, path.name) for step, path in checkpoints(tmp_path)] == [
+        (10, "checkpoint-10"),
+        (100, "checkpoint-100"),
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-100"}
+
+
+def test_a_folder_without_state_is_never_found_nor_counted(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / "optimizer.safetensors").write_bytes(b"")
+    (tmp_path / "checkpoint-2-copy").mkdir()
+    (tmp_path / "checkpoint-2-copy" / "state.json").write_text("{}")
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1"
+    with pytest.raises(InputError, match=r"checkpoint-9 is no checkpoint: .*state\.json is missing"):
+        find_checkpoint(tmp_path, "checkpoint-9")
+    write(tmp_path, 3, keep=2)  # the broken one takes no place
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 3]
+
+
+def test_find_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    assert find_checkpoint(run, None) is None
+    with pytest.raises(InputError, match="`latest`, but .* holds no whole checkpoint"):
+        find_checkpoint(run, "latest")
+    for step in (2, 10):
+        write(run, step)
+    assert find_checkpoint(run, None) is None, "a run resumes only where it is asked to"
+    assert find_checkpoint(run, "latest") == run / "checkpoint-10"
+    assert find_checkpoint(run, "checkpoint-2") == run / "checkpoint-2"
+    assert find_checkpoint(tmp_path / "other", str(run / "checkpoint-2")) == run / "checkpoint-2"
+    with pytest.raises(InputError, match="resume_from_checkpoint checkpoint-3 is no checkpoint"):
+        find_checkpoint(run, "checkpoint-3")
+
+
+def test_the_optimizer_goes_on_as_if_never_stopped(tmp_path):
+    straight, optimizer = trained(2, 3, steps=2)
+    folder = write_checkpoint(tmp_path, 2, straight, optimizer, lambda _: None, {}, 2)
+    resumed = {name: nn.Parameter(value.detach().clone()) for name, value in straight.items()}
+    fresh = torch.optim.AdamW(resumed.values(), lr=0.1)
+    assert read_optimizer(folder, resumed, fresh)["step"] == 2
+    want, got = optimizer.state[straight["used"]], fresh.state[resumed["used"]]
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], value) for key, value in want.items())
+    assert resumed["idle"] not in fresh.state, "what had no gradient has no moments"
+    for parameters, adamw in ((straight, optimizer), (resumed, fresh)):
+        for parameter in parameters.values():
+            parameter.grad = torch.full_like(parameter, -3.0)
+        adamw.step()
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_damaged_file_is_refused(tmp_path, name, damage):
+    folder = write(tmp_path, 1)
+    file = folder / name
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-5])
+    parameters, optimizer = trained()
+    with pytest.raises(InputError, match=r"checkpoint-1 is damaged: .*; resume from an earlier one"):
+        read_optimizer(folder, parameters, optimizer)
+
+
+def test_half_of_a_parameters_moments_is_refused(tmp_path):
+    folder = write(tmp_path, 1)
+    moments = load_file(folder / "optimizer.safetensors")
+    del moments["used|exp_avg_sq"]
+    save_file(moments, folder / "optimizer.safetensors")
+    parameters, optimizer = trained()
+    with pytest.raises(InputError, match="incomplete for `used`"):
+        read_optimizer(folder, parameters, optimizer)
+
+
+def test_moments_of_another_model_are_refused(tmp_path):
+    folder = write(tmp_path, 1)
+    parameters, optimizer = trained(4)
+    with pytest.raises(InputError, match=r"of another model: `used` is \(2,\) there"):
+        read_optimizer(folder, parameters, optimizer)

@@ -1,0 +1,139 @@
+"""Which row of the encoded texts and latents stands for what, and where the boxes' words are."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dpt_t2i.data.examples import Batch
+from dpt_t2i.errors import InputError
+from dpt_t2i.training.encode import Encoder
+from tests.tiny import MAX_TOKENS, tiny_backbone
+
+K = 7  # token classes
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    images, hard, random = torch.rand(3, 3, 3, 32, 32, generator=generator) * 2 - 1
+    box = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+    return Batch(
+        images=images,
+        hard_images=hard,
+        random_images=random,
+        captions=("a red circle", "a blue star", "a red circle"),
+        hard_captions=("a blue circle", "", "a blue circle"),
+        random_captions=("a blue star", "a red circle", "a green square"),
+        has_hard_image=torch.tensor([True, False, False]),
+        has_hard_caption=torch.tensor([True, False, True]),
+        expressions=("the red circle", "", "the two stars"),
+        spans=(((4, 14),), (), ((4, 13), (8, 13))),
+        boxes=(box, torch.zeros(0, 4), torch.cat([box, box / 2])),
+        records=(7, 0, 12),
+    )
+
+
+@pytest.fixture(scope="module")
+def encoded(backbone, batch):
+    return Encoder(backbone, K, None)(batch)
+
+
+def test_every_distinct_text_is_encoded_once(backbone, batch, monkeypatch):
+    calls = []
+    real = backbone.encode_text
+    monkeypatch.setattr(
+        backbone, "encode_text", lambda texts, *rest: calls.append(list(texts)) or real(texts, *rest), raising=False
+    )
+    found = Encoder(backbone, K, None)(batch)
+    assert len(calls) == 1 and len(found.text) == 7
+    assert sorted(calls[0]) == sorted(
+        ["", "a red circle", "a blue star", "a blue circle", "a green square", "the red circle", "the two stars"]
+    )
+
+
+@pytest.mark.parametrize("column", ["caption", "hard_caption", "random_caption", "expression"])
+def test_rows_point_at_their_texts(backbone, batch, encoded, column):
+    texts = getattr(batch, f"{column}s")
+    found = encoded.text.select(getattr(encoded, column))
+    for index, text in enumerate(texts):
+        alone = backbone.encode_text([text])
+        torch.testing.assert_close(found.pooled[index], alone.pooled[0])
+        torch.testing.assert_close(found.tokens[index], alone.tokens[0])
+        assert torch.equal(found.mask[index], alone.mask[0])
+    assert torch.pdist(encoded.text.pooled).min() > 0.1, "else every row would do"
+
+
+def test_the_null_row_is_the_empty_text(backbone, encoded):
+    assert encoded.null.shape == (1,)
+    torch.testing.assert_close(encoded.text.select(encoded.null).tokens, backbone.null_text(1).tokens)
+
+
+def test_latents_are_own_then_hard_then_random(backbone, batch, encoded):
+    assert encoded.latents.shape == (9, 4, 8, 8) and len(encoded) == 3
+    columns = (batch.images, batch.hard_images, batch.random_images)
+    for start, images in zip((0, 3, 6), columns, strict=True):
+        torch.testing.assert_close(encoded.latents[start : start + 3], backbone.encode_image(images))
+    assert torch.equal(encoded.has_hard_image, batch.has_hard_image)
+    assert torch.equal(encoded.has_hard_caption, batch.has_hard_caption)
+    assert encoded.records == (7, 0, 12)
+
+
+def test_positive_maps_by_hand(batch, encoded):
+    first, second, third = encoded.targets.positive_map
+    # BOS the red circle EOS: "red circle" is tokens 2 and 3.
+    assert first.tolist() == [[0, 0, 0.5, 0.5, 0, 0, 0, 0]]
+    assert second.shape == (0, K + 1)
+    # BOS the two sta(r) -> the tiny vocabulary has no "stars": `the`, `two`, `sta`, `r`, `s`, so 2..5 and 3..5.
+    assert third[0].tolist() == [0, 0, 0.25, 0.25, 0.25, 0.25, 0, 0]
+    assert third[1].tolist() == pytest.approx([0, 0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0])
+    assert encoded.targets.num_boxes() == 3
+    assert all(torch.equal(a, b) for a, b in zip(encoded.targets.boxes, batch.boxes, strict=True))
+
+
+def test_without_a_grounding_encoder_the_expressions_own_states_are_read(backbone, batch, encoded):
+    alone = backbone.encode_text(list(batch.expressions))
+    torch.testing.assert_close(encoded.grounding_tokens, alone.tokens)
+    # BOS the red circle EOS; BOS EOS; BOS the two sta r s EOS
+    assert encoded.grounding_mask.sum(dim=1).tolist() == [5, 2, 7]
+
+
+def test_a_grounding_encoder_brings_its_own_tokens(backbone, batch):
+    tokens, mask = torch.randn(3, 4, 6), torch.ones(3, 4, dtype=torch.bool)
+    offsets = (((0, 0), (0, 14), (0, 0), (0, 0)), ((0, 0),) * 4, ((0, 3), (4, 7), (8, 13), (0, 0)))
+
+    def grounding(texts):
+        assert tuple(texts) == batch.expressions
+        return SimpleNamespace(tokens=tokens, mask=mask, offsets=offsets)
+
+    found = Encoder(backbone, 3, grounding)(batch)
+    assert found.grounding_tokens is tokens and found.grounding_mask is mask
+    maps = found.targets.positive_map
+    assert maps[0].tolist() == [[0, 1, 0, 0]] and maps[2].tolist() == [[0, 0.5, 0.5, 0], [0, 0, 1, 0]]
+    assert found.text.tokens.shape[-1] == 32, "the denoiser still reads its own encoder"
+
+
+def test_spans_beyond_the_text_name_the_record(backbone, batch):
+    broken = replace(batch, spans=(((4, 14),), (), ((4, 13), (20, 25))))
+    with pytest.raises(InputError, match=r"record 12, 'the two stars': spans \[\(20, 25\)\] touch no token"):
+        Encoder(backbone, K, None)(broken)
+
+
+def test_truncation_is_told_once(backbone, batch, caplog):
+    long = " ".join(["red"] * (MAX_TOKENS - 2)) + " blue star"  # BOS and EOS take two places: the end is cut
+    cut = replace(batch, captions=(long, *batch.captions[1:]))
+    encoder = Encoder(backbone, K, None)
+    for _ in range(3):
+        encoder(cut)
+    told = [record.getMessage() for record in caplog.records if "tokens: cut is" in record.getMessage()]
+    assert len(told) == 1 and "cut is `blue star`" in told[0]
+
+
+def test_nothing_asks_for_a_gradient(backbone, encoded):
+    assert not encoded.latents.requires_grad and not encoded.text.tokens.requires_grad

@@ -1,0 +1,73 @@
+"""What both recipes begin with: the adapter that is restored, the sizes that follow from the model, what is refused."""
+
+import pytest
+import torch
+
+from dpt_t2i.adapter.io import load_adapter
+from dpt_t2i.config import ProbeConfig, build_config
+from dpt_t2i.errors import InputError
+from dpt_t2i.training.setup import set_up, store_adapter
+
+CPU = torch.device("cpu")
+
+
+def test_an_adapter_comes_back_whole_and_with_its_metadata(probe_config, tmp_path):
+    first = set_up(probe_config())
+    with torch.no_grad():
+        first.adapter.logit_scale.fill_(3.21)
+    folder = tmp_path / "adapter"
+    store_adapter(first, folder, stage="probe", best=0.5)
+    again = set_up(probe_config(adapter=str(folder), seed=9, hidden_dim=32))
+    assert again.adapter.logit_scale.item() == pytest.approx(3.21)
+    assert again.adapter.logit_scale.requires_grad
+    want, got = first.adapter.state_dict(), again.adapter.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[name], value) for name, value in want.items())
+    assert again.adapter.config.hidden_dim == 16, "its own sizes count, not the config's"
+    assert again.adapter_metadata == {"stage": "probe", "best": 0.5}
+    store_adapter(again, tmp_path / "next", stage="tune")
+    assert load_adapter(tmp_path / "next", CPU)[1] == {"stage": "tune", "best": 0.5}
+
+
+def test_a_new_adapters_weights_follow_from_the_seed(probe_config):
+    def weights(seed: int, before: int) -> torch.Tensor:
+        torch.manual_seed(before)  # whatever was drawn before does not matter
+        setup = set_up(probe_config(seed=seed))
+        assert setup.adapter_metadata == {}
+        return torch.cat([value.flatten() for value in setup.adapter.state_dict().values()])
+
+    first = weights(3, before=1)
+    assert torch.equal(first, weights(3, before=2))
+    assert not torch.equal(first, weights(4, before=1))
+
+
+def test_an_empty_range_of_timesteps_is_refused_before_anything_is_written(probe_config):
+    config = probe_config(min_timestep=501, max_timestep=500)
+    with pytest.raises(InputError, match="min_timestep 501 is above max_timestep 500"):
+        set_up(config)
+    assert not config.output_dir.exists()
+    set_up(probe_config(min_timestep=500, max_timestep=500))  # one timestep is a range
+
+
+@pytest.mark.parametrize(("asked", "side"), [(None, 32), (16, 16)])
+def test_the_resolution_is_the_models_own_unless_asked(probe_config, asked, side):
+    setup = set_up(probe_config(resolution=asked, val_samples=3))  # 8 latent pixels of 4 image pixels each
+    assert setup.examples[0].pixels.shape == (3, side, side)
+    assert setup.examples.records[0].load_image().size == (side, side)
+    assert [example.pixels.shape for example in setup.validation.examples] == [(3, side, side)] * 3
+
+
+def test_training_and_validation_are_different_splits(probe_config):
+    setup = set_up(probe_config(val_samples=2, max_samples=5, data_seed=4))
+    assert [record.id for record in setup.examples.records] == [f"train-4-{i:06d}" for i in range(5)]
+    assert [example.id for example in setup.validation.examples] == ["scenes/val-4-000000", "scenes/val-4-000001"]
+
+
+def test_the_run_folder_says_how_it_was_made(probe_config):
+    config = probe_config(learning_rate=3e-5, seed=11)
+    set_up(config)
+    assert build_config(ProbeConfig, config.output_dir / "config.yaml") == config
+
+
+def test_gradient_checkpointing_reaches_the_denoiser(probe_config):
+    assert set_up(probe_config(gradient_checkpointing=True)).backbone.denoiser.is_gradient_checkpointing
+    assert not set_up(probe_config()).backbone.denoiser.is_gradient_checkpointing

@@ -1,0 +1,69 @@
+"""Names and origins of the held-out figures; what a validation leaves behind."""
+
+from dataclasses import replace
+
+import pytest
+
+from dpt_t2i.data.scenes import SceneRecords
+from dpt_t2i.evaluation.itm import ItmScores
+from dpt_t2i.evaluation.rec import RecRanks
+from dpt_t2i.training import validation
+from dpt_t2i.training.validation import Validation
+from tests.tiny import tiny_adapter, tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def model():
+    backbone = tiny_backbone()
+    return backbone, tiny_adapter(backbone, "up1"), backbone.parse_taps("up1")
+
+
+@pytest.fixture(scope="module")
+def records():
+    return SceneRecords("val", 3, 32)[:]
+
+
+def test_figures_of_full_records_are_shares_of_the_examples(model, records):
+    figures = Validation(*model, records, 32)()
+    assert list(figures) == ["itm_text", "itm_image", "rec_p1", "rec_p5", "rec_p10"]
+    assert all(value * 3 == pytest.approx(round(value * 3)) for value in figures.values())
+    assert figures["rec_p1"] <= figures["rec_p5"] <= figures["rec_p10"]
+    assert Validation(*model, records, 32)() == figures, "the same noise every time"
+
+
+def test_figures_without_a_source_are_left_out(model, records):
+    texts = [replace(record, negative_image=None, expressions=()) for record in records]
+    assert list(Validation(*model, texts, 32)()) == ["itm_text"]
+    boxes = [replace(record, negative_image=None, negatives=()) for record in records]
+    assert list(Validation(*model, boxes, 32)()) == ["rec_p1", "rec_p5", "rec_p10"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_figures_by_hand_and_the_denoisers_mode(model, records, monkeypatch, training):
+    backbone, adapter, taps = model
+    seen = []
+
+    def scores(scorer, examples, timesteps):
+        seen.append((len(examples), list(timesteps), backbone.denoiser.training, adapter.training))
+        pairs = [(0.1, 0.4), (0.1, 0.3), (0.3, 0.2)]  # (wrong text, wrong image) beside 0.25 for the true pair
+        return [ItmScores(str(i), "r", 500, 0.25, text, image) for i, (text, image) in enumerate(pairs)]
+
+    def ranks(scorer, examples, timesteps):
+        seen.append((len(examples), list(timesteps), backbone.denoiser.training, adapter.training))
+        return [RecRanks(str(i), 500, rank, None) for i, rank in enumerate([0, 4, 9, 10, None])]
+
+    monkeypatch.setattr(validation, "itm_scores", scores)
+    monkeypatch.setattr(validation, "rec_ranks", ranks)
+    backbone.denoiser.train(training)
+    adapter.train()
+    try:
+        figures = Validation(backbone, adapter, taps, records[:2] + records[:1], 32)()
+        assert backbone.denoiser.training is training
+    finally:
+        backbone.denoiser.eval()
+        adapter.eval()
+    # Text side: 0.25 beats 0.1, 0.1, not 0.3. Image side: only 0.2. Ranks count from 0.
+    assert figures == pytest.approx(
+        {"itm_text": 2 / 3, "itm_image": 1 / 3, "rec_p1": 0.2, "rec_p5": 0.4, "rec_p10": 0.6}
+    )
+    assert seen == [(3, [500], False, False)] * 2, "without dropout, at the paper's timestep"
