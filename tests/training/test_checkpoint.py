@@ -10,7 +10,7 @@ from torch import nn
 
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import checkpoint
-from dpt_t2i.training.checkpoint import checkpoints, find_checkpoint, read_optimizer, write_checkpoint
+from dpt_t2i.training.checkpoint import checkpoints, drop_later, find_checkpoint, read_optimizer, write_checkpoint
 
 Parameters = dict[str, nn.Parameter]
 
@@ -128,6 +128,13 @@ def test_a_folder_without_state_is_never_found_nor_counted(tmp_path):
         find_checkpoint(tmp_path, "checkpoint-9")
     write(tmp_path, 3, keep=2)  # the broken one takes no place
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 3]
+
+
+def test_what_lies_after_the_step_gone_on_from_is_dropped(tmp_path):
+    for step in (2, 9, 10, 11):
+        write(tmp_path, step)
+    drop_later(tmp_path, 9)
+    assert [step for step, _ in checkpoints(tmp_path)] == [2, 9]
 
 
 def test_find_checkpoint(tmp_path):

@@ -162,6 +162,47 @@ def test_a_window_is_averaged_weighted_and_shares_its_boxes(tmp_path, accelerato
     assert [boxes for _, _, boxes in model.seen] == [2, 2]  # 1 and 3 boxes
 
 
+def test_a_step_without_boxes_divides_by_one(tmp_path, accelerator):
+    model = Plane()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    window: Any = [(Coded((0,)), None), (Coded((1,)), None)]
+    _step(job(tmp_path, model), accelerator, model, optimizer, window, 0)
+    assert [boxes for _, _, boxes in model.seen] == [0.5, 0.5]  # the window's mean of one
+
+
+def test_bounds_are_kept_after_every_step(tmp_path, accelerator):
+    model = Plane()
+    given = job(tmp_path, model, max_train_steps=3)
+    train(replace(given, after_step=lambda: model.w.data.clamp_(-0.05, 0.15)), accelerator)
+    assert model.w.tolist() == pytest.approx([-0.05, 0.15])  # free it would be at -0.3, 0.3
+
+
+def test_a_fresh_run_in_a_used_folder_keeps_its_own_checkpoints(tmp_path, accelerator):
+    train(job(tmp_path, max_train_steps=4, checkpointing_steps=1), accelerator)
+    train(job(tmp_path, max_train_steps=2, checkpointing_steps=1), accelerator)
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"train_batch_size": 3}, "examples_a_step = 2, this run has 3"),
+        ({"gradient_accumulation_steps": 2}, "examples_a_step = 2, this run has 4"),
+        ({"seed": 5}, "seed = 0, this run has 5"),
+    ],
+)
+def test_going_on_with_other_examples_is_refused(tmp_path, accelerator, change, says):
+    train(job(tmp_path, max_train_steps=1), accelerator)
+    seed = {"seed": change["seed"]} if "seed" in change else {}
+    sizes = {} if seed else change
+    other = replace(job(tmp_path, resume_from_checkpoint="latest", **sizes), **seed)
+    with pytest.raises(InputError, match=says):
+        train(other, accelerator)
+    train(
+        job(tmp_path, resume_from_checkpoint="latest", train_batch_size=1, gradient_accumulation_steps=2), accelerator
+    )
+
+
 def test_a_run_by_hand(tmp_path, accelerator):
     """Constant gradients let AdamW move by the rate, so w tells the sum of all rates."""
     figures = iter({"itm_text": value} for value in (0.1, 0.2, 0.3))
@@ -238,6 +279,16 @@ def test_a_refresh_sees_the_step_and_its_batch_is_used(tmp_path, accelerator):
     assert [batch.records for batch, _, _ in model.seen] == [(100, 100)] * 2 + [(101, 101)] * 2
 
 
+def test_a_gradient_that_is_not_finite_is_no_step(tmp_path, accelerator):
+    model = Plane()
+    model.w.register_hook(lambda gradient: gradient * math.inf)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    window: Any = [(Coded((4,), slope=(1.0, 1.0)), None)]
+    with pytest.raises(InputError, match=r"the gradient is not finite at step 8, records \[\[4\]\]"):
+        _step(job(tmp_path, model), accelerator, model, optimizer, window, 7)
+    assert model.w.tolist() == [0, 0]
+
+
 def test_a_loss_that_is_not_finite_is_no_step(tmp_path, accelerator):
-    with pytest.raises(InputError, match=r"not finite at step 1, records \[1\]: \{'loss_mse': nan\}"):
+    with pytest.raises(InputError, match=r"not finite at step 1, records \[\[0\], \[1\]\]: \{'loss_mse': nan\}"):
         step_once(tmp_path, accelerator, 1.0, (1.0, 1.0), (math.nan, 1.0))

@@ -40,12 +40,14 @@ def test_a_new_adapters_weights_follow_from_the_seed(probe_config):
     assert not torch.equal(first, weights(4, before=1))
 
 
-def test_an_empty_range_of_timesteps_is_refused_before_anything_is_written(probe_config):
-    config = probe_config(min_timestep=501, max_timestep=500)
-    with pytest.raises(InputError, match="min_timestep 501 is above max_timestep 500"):
-        set_up(config)
-    assert not config.output_dir.exists()
-    set_up(probe_config(min_timestep=500, max_timestep=500))  # one timestep is a range
+@pytest.mark.parametrize(("low", "high"), [(501, 500), (0, 1000)])  # the model has 0..999
+def test_timesteps_that_cannot_be_drawn_are_refused(probe_config, low, high):
+    with pytest.raises(InputError, match=f"timesteps {low} to {high}: min_timestep must not be above max_timestep"):
+        set_up(probe_config(min_timestep=low, max_timestep=high))
+
+
+def test_one_timestep_is_a_range(probe_config):
+    set_up(probe_config(min_timestep=999, max_timestep=999))
 
 
 @pytest.mark.parametrize(("asked", "side"), [(None, 32), (16, 16)])
