@@ -9,6 +9,7 @@ had hours. Every figure says which it is.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         raise InputError(f"the demo needs a LoRA and an adapter to set beside its own; base `{base}` ships none")
     card = read_adapter_card(adapter)
     folder = config.output_dir
+    for stage in ("probe", "tune"):  # a demo run again starts again; finished images are kept
+        shutil.rmtree(folder / stage, ignore_errors=True)
     log.info("1/4 probe: %d steps on the frozen base", config.probe_steps)
     probe = run_probe(_stage(ProbeConfig, config, card, "probe", config.probe_steps, learning_rate=1e-3))
     log.info("2/4 tune: %d steps on ITM + REC + denoising", config.tune_steps)

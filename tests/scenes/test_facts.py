@@ -60,7 +60,11 @@ def test_a_prompt_is_right_when_all_its_facts_are():
 def test_extra_objects_are_allowed_and_counted():
     assert judge([Fact("exists", Phrase("star"))], ALL).extra_objects == 2
     assert judge([Fact("count", Phrase("circle"), count=2)], ALL).extra_objects == 1
-    assert judge([Fact("count", Phrase("circle"), count=4)], ALL).extra_objects == 0
+    assert judge([Fact("count", Phrase("circle"), count=4)], ALL).extra_objects == 1  # the star
+    # Each thing stands for one claim: the plain claim leaves the red circle to the one that needs it.
+    claims = [Fact("exists", Phrase("circle")), Fact("exists", Phrase("circle", "red"))]
+    assert judge(claims, ALL).extra_objects == 1
+    assert judge(claims, [RED_CIRCLE]).extra_objects == 0
     two = [Fact("exists", Phrase("circle", "red")), Fact("exists", Phrase("star"))]
     side = Fact("relation", Phrase("circle", "red"), relation="left", other=Phrase("star"))
     assert judge([*two, side], ALL).extra_objects == 1  # a side asks for nothing more

@@ -177,10 +177,11 @@ def test_bounds_are_kept_after_every_step(tmp_path, accelerator):
     assert model.w.tolist() == pytest.approx([-0.05, 0.15])  # free it would be at -0.3, 0.3
 
 
-def test_a_fresh_run_in_a_used_folder_keeps_its_own_checkpoints(tmp_path, accelerator):
-    train(job(tmp_path, max_train_steps=4, checkpointing_steps=1), accelerator)
-    train(job(tmp_path, max_train_steps=2, checkpointing_steps=1), accelerator)
-    assert [step for step, _ in checkpoints(tmp_path)] == [1, 2]
+def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path, accelerator):
+    train(job(tmp_path, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9), accelerator)
+    again = job(tmp_path, max_train_steps=3, checkpointing_steps=9, resume_from_checkpoint="checkpoint-2")
+    train(replace(again, train=again.train.model_copy(update={"checkpoints_total_limit": 9})), accelerator)
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

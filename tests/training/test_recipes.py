@@ -114,7 +114,7 @@ def test_nan_stops_the_run_and_names_step_and_records(probe_config, monkeypatch)
 
     real = objective.itm_loss
     monkeypatch.setattr(objective, "itm_loss", poisoned)
-    with pytest.raises(InputError, match=r"not finite at step 3, records \[\d+, \d+\]"):
+    with pytest.raises(InputError, match=r"not finite at step 3, records \[\[\d+, \d+\]\]"):
         run_probe(config)
     assert (config.output_dir / "checkpoint-2" / "state.json").is_file(), "the last checkpoint is kept"
 
@@ -124,3 +124,13 @@ def test_wrong_tap_for_an_adapter_is_named(probe_config, tune_config):
     run_probe(probe)
     with pytest.raises(InputError, match="reads tap `up1`, the config says `mid`"):
         run_tune(tune_config(adapter=str(probe.output_dir / "adapter"), tap="mid"))
+
+
+def test_a_used_folder_is_not_overwritten(probe_config):
+    config = probe_config(max_train_steps=1)
+    run_probe(config)
+    before = weights(config.output_dir / "checkpoint-1")
+    with pytest.raises(InputError, match="holds an earlier run .*resume_from_checkpoint latest"):
+        run_probe(probe_config(max_train_steps=1, seed=4))
+    assert all(torch.equal(value, before[name]) for name, value in weights(config.output_dir / "checkpoint-1").items())
+    assert "seed: 0" in (config.output_dir / "config.yaml").read_text()

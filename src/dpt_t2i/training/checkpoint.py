@@ -51,8 +51,9 @@ def write_checkpoint(
             shutil.rmtree(target)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise InputError(f"cannot write {target}: {error}; earlier checkpoints in {run} are intact") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     for _, old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -107,6 +108,10 @@ def read_optimizer(
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{checkpoint} is damaged: {error}; resume from an earlier one") from error
+    strangers = {key.split("|")[0] for key in moments} - set(parameters)
+    if strangers or "step" not in state:
+        what = f"it knows `{sorted(strangers)[0]}`" if strangers else f"{STATE} has no step"
+        raise InputError(f"{checkpoint} is of another model: {what}; resume with that run's own config")
     for name, parameter in parameters.items():
         entries = {key: moments.get(f"{name}|{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
         if any(value is None for value in entries.values()):

@@ -72,8 +72,8 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
         saved = read_optimizer(checkpoint, parameters, optimizer)
         first = int(saved["step"])
         _check_identity(checkpoint, saved, identity)
-    if accelerator.is_main_process:
-        drop_later(job.output_dir, first)
+        if accelerator.is_main_process:
+            drop_later(job.output_dir, first)
     factor = _rate_factor(settings)
     model, wrapped = accelerator.prepare(job.objective, optimizer)
     if accelerator.scaler is not None and saved.get("scaler"):

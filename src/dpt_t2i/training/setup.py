@@ -20,6 +20,7 @@ from dpt_t2i.config import AdapterConfig, ProbeConfig, TrainConfig, TrainModelCo
 from dpt_t2i.data.examples import Examples
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
+from dpt_t2i.training.checkpoint import checkpoints
 from dpt_t2i.training.encode import Encoder
 from dpt_t2i.training.validation import Validation
 
@@ -46,6 +47,12 @@ def set_up(config: StageConfig) -> Setup:
     Raises:
         InputError: anything that is missing, broken, or does not fit together.
     """
+    earlier = checkpoints(config.output_dir)
+    if earlier and config.train.resume_from_checkpoint is None:
+        raise InputError(
+            f"{config.output_dir} holds an earlier run (up to step {earlier[-1][0]}): go on with "
+            "--resume_from_checkpoint latest, or give another --output_dir"
+        )
     config = _with_the_adapters_sizes(config)
     accelerator = make_accelerator(config.train, config.model, config.output_dir)
     if accelerator.is_main_process:
