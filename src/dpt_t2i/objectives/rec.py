@@ -25,7 +25,7 @@ def rec_losses(
         output: of the adapter for B (image, expression) pairs, with `token_align`.
         targets: of the B expressions, on the same device; examples without boxes add nothing.
         num_boxes: what the sums are divided by: target boxes over all processes / number of processes / micro-batches
-            of the step; positive.
+            of the step; 0, where no example has a box, divides by 1.
         eos_coef: weight of the cross entropy of unmatched queries, whose target is "no object".
         temperature: of the alignment's softmaxes.
 
@@ -46,7 +46,7 @@ def rec_losses(
             **_box_losses(output.boxes, matching, torch.cat(targets.boxes)),
             "loss_align": _alignment_loss(output, output.token_align.float(), matching, token_rows, temperature),
         }
-    return {name: value / num_boxes for name, value in sums.items()}
+    return {name: value / (num_boxes or 1.0) for name, value in sums.items()}
 
 
 def _soft_token_loss(
