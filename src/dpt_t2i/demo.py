@@ -148,7 +148,7 @@ def _notes(
 ) -> list[str]:
     return [
         f"The table and the pictures show the shipped LoRA and adapter on {shipped['prompts']} dev prompts: few, so "
-        "the intervals are wide. The table over a thousand prompts is in benchmarks/results/alignment.json.",
+        "the intervals are wide. How far the bundled model has grown stands in its card.",
         f"Live, on this machine: {config.probe_steps} steps of probing and {config.tune_steps} of tuning at batch "
         f"{config.demo_batch_size} took base {_percent(live, 'base')} to {_percent(live, 'dpt')}, with correction "
         f"{_percent(live, 'dpt_correct')}. That shows that the loop runs, not what it can do.",
