@@ -109,11 +109,15 @@ class Stage:
         """Log figures with the speed since the last call, and append them to STAGE.jsonl."""
         speed = (self.samples - self._said) / max(1e-9, time.time() - self._clock)
         self._said, self._clock = self.samples, time.time()
-        row = {"step": self.step, "samples": self.samples, "images_per_s": round(speed, 1)}
-        row |= {key: round(value, 5) for key, value in figures.items()}
-        log.info("%s %s", self.name, " ".join(f"{k}={v}" for k, v in row.items()))
-        with (WORK / f"{self.name}.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        say(self.name, self.step, self.samples, images_per_s=speed, **figures)
+
+
+def say(stage: str, step: int, samples: int, **figures: float) -> None:
+    """Log a stage's figures, and append them to runs/bundled/STAGE.jsonl."""
+    row = {"step": step, "samples": samples} | {key: round(value, 5) for key, value in figures.items()}
+    log.info("%s %s", stage, " ".join(f"{k}={v}" for k, v in row.items()))
+    with (WORK / f"{stage}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def half_weights(folder: Path) -> None:

@@ -27,8 +27,8 @@ def main() -> None:
             continue
         images = np.load(file)["images"].reshape(-1, 64, 64, 3)
         parts = []
-        for at in range(0, len(images), 100):
-            posterior = vae.encode(pixels(images[at : at + 100], device)).latent_dist
+        for at in range(0, len(images), 32):
+            posterior = vae.encode(pixels(images[at : at + 32], device)).latent_dist
             both = torch.stack([posterior.mean, posterior.std], dim=1) * vae.config.scaling_factor
             parts.append(both.half().cpu().numpy())
         partial = LATENTS / f".{file.stem}.{os.getpid()}.npy"

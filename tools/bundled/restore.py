@@ -3,7 +3,7 @@
     python tools/bundled/restore.py
 
 Finished parts (autoencoder, tokenizer, text encoder, image encoder) come from the package data, so that `latents.py`
-and `unet.py --start src/dpt_t2i/bundled/base/unet` can run after `pool.py` alone.
+and `unet.py --weights src/dpt_t2i/bundled/base/unet` can run after `pool.py` alone.
 """
 
 from __future__ import annotations

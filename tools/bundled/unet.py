@@ -1,27 +1,35 @@
 """Stage 3 of the bundled model: the denoiser, a Stable-Diffusion U-Net of 4.7 M parameters.
 
     python tools/bundled/unet.py --samples 600000
+    torchrun --nproc_per_node 2 tools/bundled/unet.py --samples 600000     # two cores, half of each batch each
 
-v-prediction on pre-encoded latents, captions dropped 10 % of the time, EMA, a rate that decays to the end.
-Starts from a committed denoiser (`--start`) with a fresh optimiser and a warm-up, or from its own checkpoint.
+v-prediction on pre-encoded latents, captions dropped 10 % of the time, Muon, EMA, a rate that decays to the end.
+Starts from a committed denoiser (`--weights`) with a fresh optimiser and a warm-up, or from its own checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import BASE, SEED, Stage, batches, log, rate, start
+from common import BASE, SEED, WORK, batches, log, rate, say, start
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from latents import LATENTS
+from muon import Muon
 from pool import POOL
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 CAPTION_DROPOUT = 0.1
 EXPRESSION_SHARE = 0.08  # of the captions are referring expressions, so that the denoiser knows their words
+EMA_DECAY = 0.998
+KEPT_AT = 0.8  # share of the samples after which the weights are kept aside
 SCHEDULE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -51,7 +59,7 @@ def build() -> UNet2DConditionModel:
 
 
 class Examples:
-    """Latents and texts of every encoded chunk; chunks that appear later join at the next epoch."""
+    """Latents and texts of every encoded chunk."""
 
     def __init__(self) -> None:
         files = sorted(LATENTS.glob("[0-9]*.npy"))
@@ -71,60 +79,122 @@ class Examples:
         return [str(text) for text in np.where(drawn > 1 - CAPTION_DROPOUT, "", chosen)]
 
 
+class Texts:
+    """Token states of the frozen text encoder, each text encoded once and kept in half precision."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+        self.encoder = CLIPTextModel.from_pretrained(BASE / "text_encoder").to(device).eval()
+        self.device, self.known = device, dict[str, Tensor]()
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> Tensor:
+        """[B, L, D] float32."""
+        new = sorted(set(texts) - self.known.keys())
+        if new:
+            ids = self.tokenizer(new, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            states = self.encoder(ids.to(self.device)).last_hidden_state
+            self.known.update(zip(new, states.half(), strict=True))
+        return torch.stack([self.known[text] for text in texts]).float()
+
+
+class Run:
+    """Model, optimiser and moving average, and where they stand; saved together, so that a stop costs little."""
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        self.model, self.lr = model, lr
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.optimizer, self.step, self.file = Muon(model, lr), 0, WORK / "unet.pt"
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True, map_location="cpu")
+            model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+            log.info("unet: goes on at step %d", self.step)
+
+    def update(self, loss: Tensor, lr: float) -> float:
+        """One step on the loss averaged over processes; returns it. One that is not finite ends the run."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        parameters = list(self.model.parameters())
+        flat = torch.cat([p.grad.flatten() for p in parameters] + [loss.detach().reshape(1)])
+        if distributed.is_initialized():
+            distributed.all_reduce(flat)
+            flat /= distributed.get_world_size()
+        if not torch.isfinite(flat[-1]):
+            raise SystemExit(f"unet: loss is {flat[-1]} at step {self.step}; last checkpoint {self.file}")
+        for p, gradient in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
+            p.grad = gradient.view_as(p)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step(lr)
+        self.step += 1
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), parameters, 1 - decay)
+        return float(flat[-1])
+
+    def save(self) -> None:
+        """Write the state beside, then rename; and the moving average as a diffusers folder."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+        partial = self.file.with_suffix(f".{os.getpid()}")
+        torch.save(state, partial)
+        partial.replace(self.file)
+        self.average.save_pretrained(BASE / "unet")
+        DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(
+            BASE / "scheduler"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=600_000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--start", type=Path, default=None, help="a `unet` folder whose weights to start from")
+    parser.add_argument("--batch", type=int, default=96, help="over all processes")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--weights", type=Path, default=None, help="a `unet` folder whose weights to start from")
     args = parser.parse_args()
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group("gloo" if not torch.cuda.is_available() else "nccl")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = start("unet")
-    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(BASE / "text_encoder").to(device).eval()
-    noising = DDPMScheduler(**SCHEDULE)
-    model = UNet2DConditionModel.from_pretrained(args.start) if args.start else build()
-    model.to(device).train()
-    stage, total = Stage("unet", model, lr=args.lr, ema_decay=0.9995), args.samples // args.batch
-    while stage.step < total:
-        data = Examples()
-        log.info("unet: %d pictures", len(data))
-        order = batches(len(data), args.batch, SEED + stage.step)
-        for _ in range(min(total - stage.step, len(data) // args.batch)):
-            rows, rng = next(order), np.random.default_rng([SEED, stage.step])
-            generator = torch.Generator().manual_seed(SEED + stage.step)
-            loss = _loss(model, data, rows, rng, generator, tokenizer, encoder, noising, device)
-            stage.update(loss, len(rows), rate(stage.step, total, stage.lr))
-            if stage.step % 200 == 0:
-                stage.say(loss=loss.item())
-            if stage.step % 1000 == 0:
-                stage.save()
-                write(stage, model)
-    stage.save()
-    write(stage, model)
+    model = UNet2DConditionModel.from_pretrained(args.weights) if args.weights else build()
+    run = Run(model.to(device).train(), args.lr)
+    data, texts, noising = Examples(), Texts(device), DDPMScheduler(**SCHEDULE)
+    total, share = args.samples // args.batch, args.batch // world
+    log.info("unet: %d pictures, %d steps, process %d of %d", len(data), total, rank + 1, world)
+    clock, losses = time.time(), []
+    order = batches(len(data), args.batch, SEED + run.step)
+    while run.step < total:
+        rows = next(order)[rank::world]
+        seed = [SEED, run.step, rank]
+        loss = _loss(model, data, rows, np.random.default_rng(seed), texts, noising, device)
+        losses.append(run.update(loss, rate(run.step, total, run.lr, warmup=100)))
+        if rank == 0 and run.step % 50 == 0:
+            speed = len(losses) * share * world / (time.time() - clock)
+            say("unet", run.step, run.step * args.batch, loss=float(np.mean(losses)), images_per_s=speed)
+            clock, losses = time.time(), []
+        if rank == 0 and run.step % 500 == 0:
+            run.save()
+        if rank == 0 and run.step == round(KEPT_AT * total):
+            run.average.save_pretrained(WORK / "unet_before_the_end")  # is the model trained out? compare on dev
+    if rank == 0:
+        run.save()
 
 
-def _loss(model, data, rows, rng, generator, tokenizer, encoder, noising, device):  # type: ignore[no-untyped-def]
+def _loss(model, data, rows, rng, texts, noising, device):  # type: ignore[no-untyped-def]
     moments = torch.from_numpy(data.latents[rows]).float()
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     clean = moments[:, 0] + moments[:, 1] * torch.randn(moments[:, 1].shape, generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
     t = torch.randint(0, 1000, (len(rows),), generator=generator)
-    ids = tokenizer(data.texts(rows, rng), padding="max_length", truncation=True, return_tensors="pt").input_ids
-    with torch.no_grad():
-        states = encoder(ids.to(device)).last_hidden_state
+    states = texts(data.texts(rows, rng))
     noisy, target = noising.add_noise(clean, noise, t), noising.get_velocity(clean, noise, t)
     prediction = model(noisy.to(device), t.to(device), states).sample
     return F.mse_loss(prediction, target.to(device))
-
-
-def write(stage: Stage, model: UNet2DConditionModel) -> None:
-    """Save the EMA weights as a diffusers folder, and the schedule beside them."""
-    stage.ema.store(model.parameters())
-    stage.ema.copy_to(model.parameters())
-    model.save_pretrained(BASE / "unet")
-    stage.ema.restore(model.parameters())
-    DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(
-        BASE / "scheduler"
-    )
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def make_example(index: int, *, seed: int = 0, split: Split = "train", category:
     """
     rng = example_rng(split, seed, index)
     held_out = split == "heldout"
+    kind = category or _draw_category(rng, held_out)  # drawn once: a rejected scene must not thin out its category
     while True:
-        kind = category or _draw_category(rng, held_out)
         plan = draw_plan(kind, rng, held_out=held_out)
         scene = stage(plan, rng)
         if scene is None or (not held_out and scene_held_out(scene)):
