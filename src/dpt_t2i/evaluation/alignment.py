@@ -27,7 +27,6 @@ from dpt_t2i.config import AlignmentConfig
 from dpt_t2i.evaluation.arm_images import borrow_images, jobs_of_arm, make_images
 from dpt_t2i.evaluation.arms import ARMS, PAIRS, Arm, Recipe, choose_arms, recipe_of
 from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
-from dpt_t2i.evaluation.scoring import judge_image
 from dpt_t2i.evaluation.statistics import bootstrap_mean, category_means, improved, overall_mean, paired_difference
 from dpt_t2i.evaluation.suites import NumberedPrompt, open_suite
 from dpt_t2i.evaluation.verdicts import (
@@ -208,8 +207,8 @@ def _boxes(model: T2IModel, folder: Path, rows: Sequence[Row], config: Alignment
     found = []
     for row in rows:
         with Image.open(folder / row["file"]) as image:
-            judged = judge_image(
-                model, image, row["prompt"], config.search.score_timestep, config.search.score_draws, config.seed
+            judged = model.score(
+                image, row["prompt"], config.search.score_timestep, config.search.score_draws, config.seed
             )
         found.append({"file": row["file"], "phrases": [asdict(phrase) for phrase in judged.phrases]})
     return found

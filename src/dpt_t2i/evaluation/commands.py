@@ -17,7 +17,6 @@ from dpt_t2i.evaluation.examples import EvalExample, examples_of
 from dpt_t2i.evaluation.itm import itm_scores, itm_summary
 from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
 from dpt_t2i.evaluation.rec import rec_oracle, rec_ranks, rec_summary
-from dpt_t2i.evaluation.scoring import judge_image
 from dpt_t2i.sampling.annotate import annotate
 from dpt_t2i.sampling.model import T2IModel, load_model
 from dpt_t2i.sampling.scoring import MatchScorer
@@ -30,7 +29,7 @@ def run_score(config: ScoreConfig, image: Path, prompt: str) -> dict[str, Any]:
         InputError: the picture cannot be read, there is no adapter, or the prompt is empty.
     """
     picture = _open_image(image)
-    judged = judge_image(_open(config.model), picture, prompt, config.score_timestep, config.score_draws, config.seed)
+    judged = _open(config.model).score(picture, prompt, config.score_timestep, config.score_draws, config.seed)
     annotated = config.output_dir / f"{image.stem}_annotated.png"
     result = {
         "prompt": prompt,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from dpt_t2i.adapter.io import load_adapter
@@ -18,22 +16,10 @@ from dpt_t2i.backbones.lora import load_lora
 from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
 from dpt_t2i.config import GenerateConfig, build_config
 from dpt_t2i.errors import InputError
-from dpt_t2i.sampling.evidence import PhraseBox, phrase_boxes
 from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of
-from dpt_t2i.sampling.images import Placement, letterbox
-from dpt_t2i.sampling.noise import shared_noise
+from dpt_t2i.sampling.judgement import Judgement, judge_image
 from dpt_t2i.sampling.scoring import Judge, MatchScorer
 from dpt_t2i.sampling.search import best_of
-
-DENOISER_TEXT = "denoiser"  # `adapter.grounding_text`: token positions are those of the T2I model's own tokenizer
-
-
-@dataclass(frozen=True)
-class PromptScore:
-    """How well an image obeys a prompt, in the model's own eyes."""
-
-    score: float  # matching score in [-1, 1]; compare it between images or prompts, its zero means nothing
-    phrases: tuple[PhraseBox, ...]  # what was found, best first; boxes in pixels of the given image
 
 
 class T2IModel:
@@ -86,29 +72,19 @@ class T2IModel:
         """A judge of finished images, None without an adapter."""
         return None if self.scorer is None else Judge(self.scorer, timestep, draws, seed)
 
-    def score(self, image: Image.Image, prompt: str, timestep: int = 250, draws: int = 4, seed: int = 0) -> PromptScore:
-        """Score an image of any size against a prompt, and say where its words were found.
+    def score(self, image: Image.Image, prompt: str, timestep: int = 250, draws: int = 4, seed: int = 0) -> Judgement:
+        """Score an image of any size against a prompt, and say where each thing that it names was found.
 
         Args:
             timestep: noise level at which the image is judged.
-            draws: fixed noises over which the score is averaged; the boxes are from the first.
+            draws: fixed noises over which scores and boxes are averaged.
 
         Raises:
-            InputError: there is no adapter.
+            InputError: there is no adapter, or the prompt is empty.
         """
-        if self.scorer is None or self.adapter is None:
-            raise InputError("scoring needs an adapter; load the model with `adapter`")
-        height, width = self.backbone.image_size
-        pixels, placement = letterbox(image, height, width)
-        text = self.backbone.encode_text([prompt])
-        with torch.no_grad():
-            latents = self.backbone.encode_image(pixels.to(self.backbone.device))
-            score = float(self.scorer.score_images(latents, text, timestep, draws, seed)[0])
-            timesteps = torch.full((1,), timestep, device=latents.device)
-            noise = shared_noise(seed, 0, latents.shape[1:]).to(latents.device)[None]
-            output = self.scorer.read(self.backbone.add_noise(latents, noise, timesteps), timesteps, text)
-        found = phrase_boxes(output, self._offsets(prompt), prompt, width, height)
-        return PromptScore(score, tuple(_place(phrase, placement) for phrase in found))
+        if self.scorer is None:
+            raise InputError("scoring needs an adapter; give `adapter`, or a base that ships one")
+        return judge_image(self.scorer, image, prompt, timestep, draws, seed)
 
     def settings(self, config: GenerateConfig) -> dict[str, Any]:
         """Plain JSON of all that decides an image beside prompt and seed: weights by hash, every setting by value."""
@@ -123,16 +99,6 @@ class T2IModel:
             "correction": config.correction.model_dump(mode="json"),
             "search": {**config.search.model_dump(mode="json"), "seed": config.seed},
         }
-
-    def _offsets(self, prompt: str) -> list[tuple[int, int]]:
-        assert self.adapter is not None
-        name = self.adapter.config.grounding_text
-        if name == DENOISER_TEXT:
-            return self.backbone.token_offsets([prompt])[0]
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        return [(start, end) for start, end in tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]]
 
 
 def load_model(
@@ -149,11 +115,6 @@ def load_model(
     if lora_path is not None:
         load_lora(backbone, lora_path)
     return T2IModel(backbone, None if adapter_path is None else _load_adapter(backbone, adapter_path))
-
-
-def _place(found: PhraseBox, placement: Placement) -> PhraseBox:
-    left, top, right, bottom = placement.to_picture(torch.tensor(found.box)).tolist()
-    return replace(found, box=(left, top, right, bottom))
 
 
 def _load_adapter(backbone: StableDiffusionBackbone, folder: Path) -> DiscriminativeAdapter:

@@ -13,11 +13,10 @@ from dpt_t2i.adapter.postprocess import grounding_scores
 from dpt_t2i.adapter.score import match_score
 from dpt_t2i.boxes import clip_xyxy, cxcywh_to_xyxy
 from dpt_t2i.errors import InputError
-from dpt_t2i.evaluation.phrases import split_phrases
 from dpt_t2i.sampling.annotate import Mark
 from dpt_t2i.sampling.images import letterbox
-from dpt_t2i.sampling.model import T2IModel
 from dpt_t2i.sampling.noise import shared_noise
+from dpt_t2i.sampling.phrases import split_phrases
 from dpt_t2i.sampling.scoring import MatchScorer
 
 
@@ -46,7 +45,7 @@ class Judgement:
 
 @torch.no_grad()
 def judge_image(
-    model: T2IModel, image: Image.Image, prompt: str, timestep: int = 250, draws: int = 4, seed: int = 0
+    scorer: MatchScorer, image: Image.Image, prompt: str, timestep: int, draws: int, seed: int
 ) -> Judgement:
     """Score a picture of any size against a prompt.
 
@@ -58,20 +57,18 @@ def judge_image(
         draws: fixed noises over which scores, confidences and boxes are averaged.
 
     Raises:
-        InputError: there is no adapter, the prompt is empty, the timestep is outside the schedule, or a score is NaN.
+        InputError: the prompt is empty, the timestep is outside the schedule, or a score is NaN.
     """
-    if model.scorer is None:
-        raise InputError("scoring needs an adapter; give `adapter`, or a base that ships one")
     if not prompt.strip():
         raise InputError("the prompt is empty; write what the image should show")
-    backbone = model.backbone
+    backbone = scorer.backbone
     height, width = backbone.image_size
     pixels, placement = letterbox(image, height, width)
     latents = backbone.encode_image(pixels.to(backbone.device))
-    score = model.scorer.score_images(latents, backbone.encode_text([prompt]), timestep, draws, seed)
+    score = scorer.score_images(latents, backbone.encode_text([prompt]), timestep, draws, seed)
     evidence = []
     for phrase in split_phrases(prompt):
-        box, confidence, alone = _read(model.scorer, latents, f"the {phrase.text}", timestep, draws, seed)
+        box, confidence, alone = _read(scorer, latents, f"the {phrase.text}", timestep, draws, seed)
         in_canvas = box * box.new_tensor([width, height, width, height])
         in_picture = clip_xyxy(placement.to_picture(in_canvas), *image.size)
         left, top, right, bottom = in_picture.tolist()

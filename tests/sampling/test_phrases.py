@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpt_t2i.evaluation.phrases import split_phrases
+from dpt_t2i.sampling.phrases import split_phrases
 from dpt_t2i.scenes.language import CATEGORIES, caption, dress
 from dpt_t2i.scenes.plans import draw_plan
 
