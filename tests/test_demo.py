@@ -39,11 +39,11 @@ def test_the_loop_ends_with_a_report(base, tmp_path):
     )
     result = run_demo(config)
     assert len(result["summary"]) == 5
-    assert result["live"].keys() == result["shipped"].keys() == {"base", "dpt", "dpt_correct"}
-    assert result["live"]["base"] == result["shipped"]["base"], "the same base, prompts and seeds"
+    assert list(result["arms"]) == ["base", "dpt", "dpt_correct", "live", "live_correct"]
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert "Live, on this machine: 1 steps of probing and 1 of tuning" in page
-    made = ("probe/adapter/model.safetensors", "tune/pytorch_lora_weights.safetensors", "shipped/alignment.json")
+    assert "1 steps of probing and 1 of tuning at batch 2" in page
+    assert "LoRA tuned just now, on this machine" in page
+    made = ("probe/adapter/model.safetensors", "tune/pytorch_lora_weights.safetensors", "alignment/alignment.json")
     for artifact in made:
         assert (tmp_path / "demo" / artifact).is_file()
 

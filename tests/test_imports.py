@@ -33,6 +33,7 @@ ENTRANCES = {
     "__init__",
     "doctor",
     "demo",
+    "report",
 }  # they stand outside the rooms and may import any but `cli`
 
 

@@ -283,7 +283,7 @@ command(
     {"image": (Path, "image file"), "prompt": (str, "the caption to judge")},
 )
 app.add_typer(evaluate, name="evaluate")
-command(evaluate, "alignment", settings.AlignmentConfig, "dpt_t2i.evaluation.commands:run_alignment")
+command(evaluate, "alignment", settings.AlignmentConfig, "dpt_t2i.report:evaluate_alignment")
 command(evaluate, "itm", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_itm")
 command(evaluate, "rec", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_rec")
 app.add_typer(scenes, name="scenes")

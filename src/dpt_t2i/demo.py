@@ -1,4 +1,4 @@
-"""`dpt demo`: the whole loop in minutes on a CPU, live, beside the figures of what ships with the base.
+"""`dpt demo`: the whole loop in minutes on a CPU, live, beside what ships with the base.
 
     probe -> tune -> generate with self-correction -> measure -> look
 
@@ -67,33 +67,29 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
             gradient_accumulation_steps=1,
         )
     )
-    log.info("3/4 live: base, tuned, tuned + correction on %d prompts", config.demo_prompts)
-    live = run_alignment(
-        _alignment(config, card, "live", ("base", "dpt", "dpt_correct"), folder / "tune", folder / "tune" / "adapter")
-    )
-    log.info("4/4 shipped: tuned, tuned + correction on the same prompts")
-    shipped = run_alignment(_alignment(config, card, "shipped", ("base", "dpt", "dpt_correct"), lora, adapter))
+    log.info("3/4 generate and judge: base, live and shipped on %d prompts", config.demo_prompts)
+    result = run_alignment(_alignment(config, card, lora, adapter))
+    log.info("4/4 report")
     report = write_report(
         folder / "report.html",
-        alignment=shipped,
-        arms_folder=folder / "shipped" / "arms",
+        alignment=result,
+        arms_folder=folder / "alignment" / "arms",
         metrics={"live probe": folder / "probe" / "metrics.jsonl", "live tune": folder / "tune" / "metrics.jsonl"},
         probe=None,
         title="DPT demo",
-        notes=_notes(config, live, shipped, probe, tuned),
+        notes=_notes(config, result, probe, tuned),
     )
     minutes = (time.perf_counter() - start) / 60
     return {
         "output_dir": str(folder),
         "report": str(report),
-        "live": live["arms"],
-        "shipped": shipped["arms"],
+        "arms": result["arms"],
         "minutes": minutes,
         "summary": [
-            f"base             {_percent(shipped, 'base')} of {shipped['prompts']} prompts right",
-            f"live DPT         {_percent(live, 'dpt')} after {config.probe_steps} + {config.tune_steps} steps",
-            f"shipped DPT      {_percent(shipped, 'dpt')} the LoRA that comes with the base",
-            f"  + correction   {_percent(shipped, 'dpt_correct')} sampled along its own matching score",
+            f"base             {_percent(result, 'base')} of {result['prompts']} prompts right",
+            f"live DPT         {_percent(result, 'live')} after {config.probe_steps} + {config.tune_steps} steps",
+            f"shipped DPT      {_percent(result, 'dpt')} the LoRA that comes with the base",
+            f"  + correction   {_percent(result, 'dpt_correct')} sampled along its own matching score",
             f"took {minutes:.1f} minutes; open {report}",
         ],
     }
@@ -121,18 +117,18 @@ def _stage(
     return build_config(kind, overrides=common | sizes | overrides)
 
 
-def _alignment(
-    config: DemoConfig, card: Mapping[str, Any], name: str, arms: tuple[str, ...], lora: Path, adapter: Path
-) -> AlignmentConfig:
+def _alignment(config: DemoConfig, card: Mapping[str, Any], lora: Path, adapter: Path) -> AlignmentConfig:
+    """Live and shipped weights as arms of one comparison, on the same prompts and seeds."""
     model = config.model.model_copy(update={"lora": str(lora), "adapter": str(adapter)})
     settings = AlignmentConfig(
         model=model,
         suite="dev",
-        arms=arms,
+        arms=("base", "live", "live_correct", "dpt", "dpt_correct"),
+        live_lora=config.output_dir / "tune",
         seeds=config.seeds,
         max_prompts=config.demo_prompts,
         sample=config.sample,
-        output_dir=config.output_dir / name,
+        output_dir=config.output_dir / "alignment",
         seed=config.seed,
     )
     stored = card["metadata"].get("correction") or {"correct": PAPERS_CORRECTION}
@@ -140,18 +136,14 @@ def _alignment(
 
 
 def _notes(
-    config: DemoConfig,
-    live: Mapping[str, Any],
-    shipped: Mapping[str, Any],
-    probe: Mapping[str, Any],
-    tuned: Mapping[str, Any],
+    config: DemoConfig, result: Mapping[str, Any], probe: Mapping[str, Any], tuned: Mapping[str, Any]
 ) -> list[str]:
     return [
-        f"The table and the pictures show the shipped LoRA and adapter on {shipped['prompts']} dev prompts: few, so "
-        "the intervals are wide. How far the bundled model has grown stands in its card.",
-        f"Live, on this machine: {config.probe_steps} steps of probing and {config.tune_steps} of tuning at batch "
-        f"{config.demo_batch_size} took base {_percent(live, 'base')} to {_percent(live, 'dpt')}, with correction "
-        f"{_percent(live, 'dpt_correct')}. That shows that the loop runs, not what it can do.",
+        f"On {result['prompts']} dev prompts: few, so the intervals are wide. How far the bundled model has grown "
+        "stands in its card.",
+        f"live, live_correct: made just now on this machine, {config.probe_steps} steps of probing and "
+        f"{config.tune_steps} of tuning at batch {config.demo_batch_size}. They show that the loop runs, not what it "
+        "can do. dpt, dpt_correct: the LoRA and the adapter that ship with the base.",
         f"Live adapter on held-out scenes, after probing: {_figures(probe)}; after tuning: {_figures(tuned)}.",
     ]
 

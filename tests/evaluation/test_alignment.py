@@ -103,7 +103,7 @@ def test_all_arms_by_the_rule(base: Path) -> None:
         opened.append(Draughtsman(lora, adapter))
         return opened[-1]
 
-    settings = config(base, "base", "dpt", "dpt_correct", "dpt_best4", "random4")
+    settings = config(base, "base", "dpt", "dpt_correct", "dpt_best4", "random")
     result = run_arms(settings, open_model)  # type: ignore[arg-type]
     indices = [p.index for p in open_suite("dev", 12)]  # two of each category, 50 apart
     assert result["prompts"] == 12 and result["seeds"] == [0, 1] and result["suite"] == "dev"
@@ -116,17 +116,17 @@ def test_all_arms_by_the_rule(base: Path) -> None:
     assert overall["dpt"] == pytest.approx(expected(lambda i, s: i % 4 == 0 or s == 1))
     assert overall["dpt_correct"] == 1.0
     assert overall["dpt_best4"] == 1.0  # the score points at the right candidate
-    assert overall["random4"] == pytest.approx(expected(lambda i, s: (1 + (s == 1 and i % 4 != 0)) / 4))
+    assert overall["random"] == pytest.approx(expected(lambda i, s: (1 + (s == 1 and i % 4 != 0)) / 4))
     assert result["arms"]["dpt_best4"]["extra_objects"] == 0.0
-    assert result["differences"]["dpt_best4-random4"]["mean"] == pytest.approx(1 - overall["random4"])
+    assert result["differences"]["dpt_best4-random"]["mean"] == pytest.approx(1 - overall["random"])
     assert set(result["differences"]) == {
-        "dpt-base", "dpt_correct-dpt", "dpt_correct-base", "dpt_best4-dpt", "dpt_best4-random4", "dpt_best4-base"
+        "dpt-base", "dpt_correct-dpt", "dpt_correct-base", "dpt_best4-dpt", "dpt_best4-random", "dpt_best4-base"
     }  # fmt: skip
     broken = {row["prompt_index"]: row["seeds"] for row in result["broken"]["dpt-base"]}
     assert broken == {i: [0] for i in indices if i % 3 == 0 and i % 4 != 0}
     fixed = {row["prompt_index"]: row["seeds"] for row in result["fixed"]["dpt-base"]}
     assert fixed == {i: [0, 1] if i % 4 == 0 else [1] for i in indices if i % 3 != 0}
-    assert "dpt_best4-random4" not in result["fixed"]
+    assert "dpt_best4-random" not in result["fixed"]
     assert json.loads((settings.output_dir / "alignment.json").read_text()) == json.loads(json.dumps(result))
     # Equal weights, one model; the first candidates of the search are the images of `dpt`, not made again.
     assert [(d.tuned, d.adapter is not None) for d in opened] == [(False, False), (True, True)]
@@ -174,6 +174,12 @@ def test_only_test_suites_are_logged(base: Path) -> None:
     assert len(lines) == 2 and lines[0]["suite"] == "test_heldout" and lines[0]["overall"] == {"base": 0.0}
 
 
+def test_the_log_of_test_runs_may_lie_elsewhere(base: Path, tmp_path: Path) -> None:
+    log = tmp_path / "kept.jsonl"
+    run_arms(config(base, "base", max_prompts=4, suite="test_seen", seeds="0", test_log=log), Empty)  # type: ignore[arg-type]
+    assert [line["suite"] for line in read(log)] == ["test_seen"]
+
+
 class Empty(Draughtsman):
     def is_right(self, job: Job, corrected: bool) -> bool:
         return False
@@ -189,6 +195,11 @@ def test_the_summary_by_hand() -> None:
     shares = {categories[0]: 0.5, categories[1]: 0.0, categories[2]: 1.0}
     assert result["arms"]["base"] == {"overall": 0.5, **shares, "extra_objects": pytest.approx(1 / 3)}
     assert result["differences"]["dpt-base"]["mean"] == pytest.approx(1 / 6)
+    parts = result["differences"]["dpt-base"]["categories"]
+    assert [parts[name]["mean"] for name in categories] == [0.5, 0.5, -0.5]
+    # A category of one prompt, resampled, is always that prompt.
+    assert all(parts[name]["low"] == parts[name]["high"] == parts[name]["mean"] for name in categories)
+    assert result["differences"]["dpt-base"]["extra_objects"]["mean"] == pytest.approx(-1 / 3)
     assert result["intervals"]["base"]["overall"]["low"] <= 0.5 <= result["intervals"]["base"]["overall"]["high"]
     assert [(r["prompt"], r["seeds"]) for r in result["fixed"]["dpt-base"]] == [
         (prompts[0].prompt.text, [8]),

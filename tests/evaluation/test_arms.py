@@ -10,7 +10,9 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.arms import ARMS, PAIRS, choose_arms, recipe_of
 from dpt_t2i.sampling.model import T2IModel
 
-NAMES = "base base_correct control control_compute dpt dpt_correct dpt_best4 random4 dpt_onpolicy".split()
+NAMES = (
+    "base base_correct control control_compute dpt dpt_correct dpt_best4 random dpt_onpolicy live live_correct".split()
+)
 TUNED = "dpt/tuned/pytorch_lora_weights.safetensors"
 
 
@@ -32,8 +34,8 @@ def config(base: Path, **settings: object) -> AlignmentConfig:
 
 def test_the_table() -> None:
     assert list(ARMS) == NAMES
-    assert {name for name, arm in ARMS.items() if arm.corrected} == {"base_correct", "dpt_correct"}
-    assert {name: arm.best_of for name, arm in ARMS.items() if arm.best_of > 1} == {"dpt_best4": 4, "random4": 4}
+    assert {name for name, arm in ARMS.items() if arm.corrected} == {"base_correct", "dpt_correct", "live_correct"}
+    assert {name: arm.best_of for name, arm in ARMS.items() if arm.best_of > 1} == {"dpt_best4": 4, "random": 4}
     assert {name for pair in PAIRS for name in pair} == set(NAMES)
 
 
@@ -41,13 +43,15 @@ def test_arms_are_chosen_by_name_in_the_order_of_the_table() -> None:
     assert [arm.name for arm in choose_arms(["dpt", "base", "dpt"])] == ["base", "dpt"]
     with pytest.raises(InputError, match="unknown arm `tuned`"):
         choose_arms(["base", "tuned"])
-    with pytest.raises(InputError, match="`random4` picks from the images of `dpt_best4`"):
-        choose_arms(["random4", "dpt"])
+    with pytest.raises(InputError, match="`random` picks from the images of `dpt_best4`"):
+        choose_arms(["random", "dpt"])
 
 
 def test_every_arm_takes_its_own_weights(base: Path) -> None:
     run = base / "run"
-    settings = config(base, control_lora=run, control_compute_lora=run / "b.safetensors", onpolicy_lora=run)
+    settings = config(
+        base, control_lora=run, control_compute_lora=run / "b.safetensors", onpolicy_lora=run, live_lora=run
+    )
     found = {name: recipe_of(ARMS[name], settings) for name in NAMES}
     weights = {
         name: (r.lora and r.lora.relative_to(base), r.adapter and r.adapter.relative_to(base))
@@ -62,10 +66,13 @@ def test_every_arm_takes_its_own_weights(base: Path) -> None:
         "dpt": tuned,
         "dpt_correct": tuned,
         "dpt_best4": tuned,
-        "random4": tuned,
+        "random": tuned,
         "dpt_onpolicy": (Path("run"), Path("run/adapter")),
+        "live": (Path("run"), Path("run/adapter")),
+        "live_correct": (Path("run"), Path("run/adapter")),
     }
-    assert {name for name, r in found.items() if r.settings.correction.correct > 0} == {"base_correct", "dpt_correct"}
+    corrected = {name for name, r in found.items() if r.settings.correction.correct > 0}
+    assert corrected == {"base_correct", "dpt_correct", "live_correct"}
 
 
 def test_sampling_is_the_same_for_every_arm(base: Path) -> None:

@@ -57,7 +57,7 @@ def alignment() -> dict[str, Any]:
     def numbers(two: float, counting: float, extra: float) -> dict[str, float]:
         return {"overall": (two + counting) / 2, "two_objects": two, "counting": counting, "extra_objects": extra}
 
-    arms = {"base": numbers(0.5, 1.0, 0.25), "dpt": numbers(1.0, 0.5, 0.125), "random4": numbers(0.3333, 0.5, 0.125)}
+    arms = {"base": numbers(0.5, 1.0, 0.25), "dpt": numbers(1.0, 0.5, 0.125), "random": numbers(0.3333, 0.5, 0.125)}
     around = {
         arm: {key: {"low": max(0, value - 0.1), "high": min(1, value + 0.07)} for key, value in n.items()}
         for arm, n in arms.items()
@@ -70,8 +70,17 @@ def alignment() -> dict[str, Any]:
         "arms": arms,
         "intervals": around,
         "differences": {
-            "dpt-base": {"mean": 0.123, "low": 0.05, "high": 0.2},
-            "dpt-random4": {"mean": -0.01, "low": -0.04, "high": 0.02},
+            "dpt-base": {
+                "mean": 0.123,
+                "low": 0.05,
+                "high": 0.2,
+                "categories": {
+                    "two_objects": {"mean": 0.5, "low": 0.25, "high": 0.75},
+                    "counting": {"mean": -0.5, "low": -1.0, "high": 0.0},
+                },
+                "extra_objects": {"mean": -0.125, "low": -0.2, "high": 0.1},
+            },
+            "dpt-random": {"mean": -0.01, "low": -0.04, "high": 0.02},
         },
         "fixed": {"dpt-base": [{**BROKEN, "prompt_index": 4, "prompt": PROMPTS[4][0], "category": "two_objects"}]},
         "broken": {"dpt-base": [BROKEN]},

@@ -37,12 +37,12 @@ def test_a_figure_is_one_clean_element(figures: list[str]) -> None:
 
 def test_bars_name_arms_categories_and_values(figures: list[str]) -> None:
     found = texts(figures[0])
-    assert {"base", "dpt", "random4", "overall", "two objects", "counting"} <= set(found)
+    assert {"base", "dpt", "random", "overall", "two objects", "counting"} <= set(found)
     assert found.count("100") == 2 and found.count("33") == 1  # two bars of 100 %, one of 33 %
 
 
 def test_differences_are_named(figures: list[str]) -> None:
-    assert {"dpt \u2212 base", "dpt \u2212 random4"} <= set(texts(figures[1]))
+    assert {"dpt \u2212 base", "dpt \u2212 random"} <= set(texts(figures[1]))
 
 
 def test_curves_show_what_was_logged_and_nothing_else(figures: list[str]) -> None:

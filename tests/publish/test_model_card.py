@@ -31,7 +31,7 @@ def test_a_tuned_model_with_measurements(tmp_path: Path, alignment: dict[str, An
     lines = body.splitlines()
     assert "| arm | overall | two objects | counting |" in lines
     assert lines[lines.index("| arm | overall | two objects | counting |") + 1] == "|---|---|---|---|"
-    assert "| dpt | 75.0 | 100.0 | 50.0 |" in lines and "| random4 | 41.7 | 33.3 | 50.0 |" in lines
+    assert "| dpt | 75.0 | 100.0 | 50.0 |" in lines and "| random | 41.7 | 33.3 | 50.0 |" in lines
     assert "- dpt-base: +12.3 points (95 % interval +5.0 to +20.0)" in lines
     assert "| 500 | 87.5 |  |" in lines and "| 500 | 6.2 | 31.2 | 62.5 |" in lines
     assert "Made with torch 2.0." in body

@@ -92,16 +92,23 @@ def test_the_table_says_what_the_json_says(page: Page, alignment: dict[str, Any]
         assert float(shown) == pytest.approx(100 * alignment["arms"][arm][column], abs=0.05)
     assert page.best == {
         ("base", "overall"), ("dpt", "overall"), ("dpt", "two_objects"), ("base", "counting"),
-        ("dpt", "extra_objects"), ("random4", "extra_objects"),
+        ("dpt", "extra_objects"), ("random", "extra_objects"),
     }  # fmt: skip
 
 
 def test_the_differences_are_said_in_words(page: Page) -> None:
     assert "dpt beats base by 12.3 points (95 % interval +5.0 to +20.0)." in page.texts
     assert (
-        "No clear difference between dpt and random4: \u22121.0 points (95 % interval \u22124.0 to +2.0)." in page.texts
+        "No clear difference between dpt and random: \u22121.0 points (95 % interval \u22124.0 to +2.0)." in page.texts
     )
     assert sentence("a-b", {"mean": -0.1, "low": -0.2, "high": -0.001}).startswith("a loses to b by 10.0 points")
+
+
+def test_the_categories_differences_stand_in_a_table(page: Page) -> None:
+    start = page.texts.index("dpt \u2212 base")
+    assert page.texts[start + 1 : start + 7] == [
+        "+50.0", "+25.0 to +75.0", "\u221250.0", "\u2212100.0 to +0.0", "\u221212.5", "\u221220.0 to +10.0"
+    ]  # fmt: skip
 
 
 def test_images_are_those_of_the_arms(page: Page) -> None:

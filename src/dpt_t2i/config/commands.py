@@ -95,6 +95,7 @@ class AlignmentConfig(Section):
     control_lora: Path | None = Field(None, description="LoRA of the control arm (denoising loss alone)")
     control_compute_lora: Path | None = Field(None, description="LoRA of the control arm with equal compute")
     onpolicy_lora: Path | None = Field(None, description="LoRA tuned on its own samples; its adapter lies beside it")
+    live_lora: Path | None = Field(None, description="LoRA just made, beside what ships; its adapter lies beside it")
     probe_adapter: Path | None = Field(
         None, description="adapter that corrects the plain base; default: what ships with the base"
     )
@@ -102,6 +103,10 @@ class AlignmentConfig(Section):
     correction: CorrectionConfig = CorrectionConfig()
     search: SearchConfig = SearchConfig()
     bootstrap_draws: Positive = Field(10_000, description="resamples of a confidence interval")
+    test_log: Path | None = Field(
+        None,
+        description="file that gets a line for each run on a test suite; default: test_runs.jsonl beside the folder",
+    )
     output_dir: Path = Field(Path("runs/alignment"), description="evaluation folder; finished images are reused")
     seed: int = Field(0, ge=0, description="seed of scoring noise and resampling; images take theirs from --seeds")
 

@@ -81,6 +81,8 @@ class ItmRecConfig(Section):
     )
     on_policy_every: Positive = Field(200, description="optimiser steps between refreshes of the pool of own samples")
     on_policy_pool: Positive = Field(256, description="own samples kept in the pool")
+    on_policy_steps: Positive = Field(20, description="sampling steps of an own sample")
+    on_policy_guidance: float = Field(3.0, ge=0, description="classifier-free guidance of an own sample")
 
 
 class DenoiseConfig(Section):

@@ -6,7 +6,7 @@ output_dir/
   arms/ARM/verdicts.jsonl        the checker's verdict of every image that counts
   arms/ARM/candidates.jsonl      of a search: the verdicts of all candidates
   arms/ARM/boxes.jsonl           the adapter's boxes in the first images of each category
-output_dir/../test_runs.jsonl    one line a run on a test suite: they are for reporting, not for choosing
+test_log                         one line a run on a test suite: they are for reporting, not for choosing
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def summarise(
         arms: arm -> `overall` (mean of the categories), each category, `extra_objects` (share of images with things
             that nobody asked for); all in [0, 1].
         intervals: arm -> the same names but `extra_objects` -> `low`, `high` (95 %, bootstrap over prompts).
-        differences: `A-B` -> `mean low high` of the paired difference of `overall`.
+        differences: `A-B` -> `mean low high` of the paired difference of `overall` (95 %, bootstrap over prompts), and
+            the same three under `categories` for each category and under `extra_objects`.
         fixed, broken: `A-B` -> prompts that A gets right on more, or fewer, seeds than B, with the seeds that changed.
     """
     categories = [p.prompt.category for p in prompts]
@@ -111,10 +112,7 @@ def summarise(
         "categories": {name: categories.count(name) for name in dict.fromkeys(categories)},
         "arms": {name: _numbers(outcome, categories) for name, outcome in outcomes.items()},
         "intervals": {name: _intervals(outcome, categories, draws, seed) for name, outcome in outcomes.items()},
-        "differences": {
-            f"{a}-{b}": asdict(paired_difference(outcomes[a].correct, outcomes[b].correct, categories, draws, seed))
-            for a, b in pairs
-        },
+        "differences": {f"{a}-{b}": _difference(outcomes[a], outcomes[b], categories, draws, seed) for a, b in pairs},
         "fixed": {f"{a}-{b}": _changed(prompts, seeds, outcomes[a], outcomes[b]) for a, b in told},
         "broken": {f"{a}-{b}": _changed(prompts, seeds, outcomes[b], outcomes[a]) for a, b in told},
     }
@@ -136,6 +134,23 @@ def _intervals(outcome: Outcome, categories: Sequence[str], draws: int, seed: in
         for name in dict.fromkeys(categories)
     }
     return {name: {"low": i.low, "high": i.high} for name, i in {"overall": whole, **parts}.items()}
+
+
+def _difference(first: Outcome, second: Outcome, categories: Sequence[str], draws: int, seed: int) -> dict[str, Any]:
+    names = np.asarray(categories)
+
+    def within(name: str) -> dict[str, float]:
+        rows = names == name
+        return asdict(
+            paired_difference(first.correct[rows], second.correct[rows], [name] * int(rows.sum()), draws, seed)
+        )
+
+    alike = ["all"] * len(categories)  # extra objects are counted over images, whatever their category
+    return {
+        **asdict(paired_difference(first.correct, second.correct, categories, draws, seed)),
+        "categories": {name: within(name) for name in dict.fromkeys(categories)},
+        "extra_objects": asdict(paired_difference(first.extra, second.extra, alike, draws, seed)),
+    }
 
 
 def _changed(
@@ -242,5 +257,5 @@ def _log_test_run(config: AlignmentConfig, result: Mapping[str, Any]) -> None:
         "overall": {name: numbers["overall"] for name, numbers in result["arms"].items()},
         "command": result["command"],
     }
-    with (config.output_dir.parent / "test_runs.jsonl").open("a", encoding="utf-8") as log:
+    with (config.test_log or config.output_dir.parent / "test_runs.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")

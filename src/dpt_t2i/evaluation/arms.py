@@ -36,8 +36,10 @@ ARMS: dict[str, Arm] = {
         Arm("dpt", "dpt", "dpt"),
         Arm("dpt_correct", "dpt", "dpt", corrected=True),
         Arm("dpt_best4", "dpt", "dpt", best_of=4),
-        Arm("random4", "dpt", "dpt", best_of=4, random_of="dpt_best4"),
+        Arm("random", "dpt", "dpt", best_of=4, random_of="dpt_best4"),
         Arm("dpt_onpolicy", "onpolicy", "onpolicy"),
+        Arm("live", "live", "live"),
+        Arm("live_correct", "live", "live", corrected=True),
     )
 }
 PAIRS: tuple[tuple[str, str], ...] = (
@@ -50,10 +52,13 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("dpt_correct", "dpt"),
     ("dpt_correct", "base"),
     ("dpt_best4", "dpt"),
-    ("dpt_best4", "random4"),
+    ("dpt_best4", "random"),
     ("dpt_best4", "base"),
     ("dpt_onpolicy", "dpt"),
     ("dpt_onpolicy", "base"),
+    ("live", "base"),
+    ("live_correct", "live"),
+    ("dpt", "live"),
 )
 
 
@@ -111,6 +116,8 @@ _FLAGS = {
     "dpt_adapter": "adapter",
     "probe_adapter": "probe_adapter",
     "onpolicy_adapter": "onpolicy_lora with an `adapter` folder beside it",
+    "live": "live_lora",
+    "live_adapter": "live_lora with an `adapter` folder beside it",
 }
 
 
@@ -122,12 +129,19 @@ def _loras(config: AlignmentConfig) -> dict[str, str | None]:
         "control": _text(config.control_lora, "none"),
         "control_compute": _text(config.control_compute_lora, "none"),
         "onpolicy": _text(config.onpolicy_lora, "none"),
+        "live": _text(config.live_lora, "none"),
     }
 
 
 def _adapters(config: AlignmentConfig) -> dict[str, str | None]:
     """The `adapter` setting of each source; None = what ships with the base, or lies beside the LoRA."""
-    return {"none": "none", "dpt": config.model.adapter, "probe": _text(config.probe_adapter, None), "onpolicy": None}
+    return {
+        "none": "none",
+        "dpt": config.model.adapter,
+        "probe": _text(config.probe_adapter, None),
+        "onpolicy": None,
+        "live": None,
+    }
 
 
 def _text(path: Path | None, otherwise: str | None) -> str | None:

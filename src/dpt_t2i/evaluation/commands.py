@@ -64,7 +64,7 @@ def run_alignment(config: AlignmentConfig) -> dict[str, Any]:
         )
 
     result = run_arms(config, open_model)
-    return result | {"summary": _alignment_lines(result) if result else []}
+    return result | {"summary": _alignment_lines(result)} if result else {"arms": {}, "summary": []}
 
 
 def run_itm(config: DiscriminationConfig) -> dict[str, Any]:

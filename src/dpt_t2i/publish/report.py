@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from dpt_t2i.publish.figures import accuracy_bars, difference_plot, training_curves
+from dpt_t2i.publish.figures import accuracy_bars, difference_plot, pair_name, training_curves
 from dpt_t2i.publish.gallery import ArmFolder, Line, line_of, read_rows
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -25,8 +25,10 @@ ARM_MEANING = {
     "dpt": "LoRA tuned on matching, grounding and denoising",
     "dpt_correct": "dpt, self-corrected while sampling",
     "dpt_best4": "dpt, the best of four seeds by its own matching score",
-    "random4": "dpt, one of the same four seeds at random (expected value)",
+    "random": "dpt, one of the same four seeds at random (expected value)",
     "dpt_onpolicy": "dpt with its own samples as hard negatives",
+    "live": "LoRA tuned just now, on this machine",
+    "live_correct": "live, self-corrected while sampling with the live adapter",
 }
 
 
@@ -59,6 +61,7 @@ def write_report(
         best=best_arms(alignment),
         meaning=ARM_MEANING,
         sentences=[sentence(pair, d) for pair, d in alignment["differences"].items()],
+        by_category=_by_category(alignment),
         difference_plot=_svg(difference_plot(alignment)) if alignment["differences"] else None,
         bars=_svg(accuracy_bars(alignment)),
         curves=_curves(metrics or {}),
@@ -97,6 +100,15 @@ def sentence(pair: str, difference: Mapping[str, float]) -> str:
     if high < 0:
         return f"{first} loses to {second} by {-points:.1f} points ({interval})."
     return f"No clear difference between {first} and {second}: {_signed(points)} points ({interval})."
+
+
+def _by_category(alignment: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, float]]]]:
+    """A pair's name and its differences in every category and in extra objects; results of older versions have none."""
+    return [
+        (pair_name(pair), [*(d["categories"][name] for name in alignment["categories"]), d["extra_objects"]])
+        for pair, d in alignment["differences"].items()
+        if "categories" in d
+    ]
 
 
 def _signed(value: float) -> str:

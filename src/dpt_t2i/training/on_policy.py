@@ -20,8 +20,6 @@ from dpt_t2i.data.examples import Batch, Examples, Item, collate
 from dpt_t2i.data.transforms import to_pixels
 from dpt_t2i.sampling.generate import generate, jobs_of
 
-SAMPLING = SampleConfig(steps=20, guidance_scale=3.0, batch_size=16)
-
 
 class OnPolicy:
     """Calling it with (step, batch) replaces a share of the batch by examples of the pool."""
@@ -55,8 +53,11 @@ class OnPolicy:
         was_training = self.backbone.denoiser.training
         self.backbone.denoiser.eval()
         side = items[0].pixels.shape[-1]
+        sampling = SampleConfig(
+            steps=self.loss.on_policy_steps, guidance_scale=self.loss.on_policy_guidance, batch_size=16
+        )
         jobs = [job for i, item in enumerate(items) for job in jobs_of([item.caption], [1_000_000 * current + i])]
-        drawn = generate(self.backbone, jobs, SAMPLING, height=side, width=side)
+        drawn = generate(self.backbone, jobs, sampling, height=side, width=side)
         own = [replace(item, hard_pixels=to_pixels(made.image)) for item, made in zip(items, drawn, strict=True)]
         self.backbone.denoiser.train(was_training)
         return own
