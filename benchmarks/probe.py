@@ -3,7 +3,8 @@
     python benchmarks/probe.py --n 2000
 
 `frozen`: stage 1's adapter on the plain base. `tuned`: stage 2's adapter with its LoRA. Each at t = 500 and 250; the
-headline is at the one that did better on other records. `rec_oracle`: a matched filter told the true colour and size, at the tuned one's noise.
+headline is at the one that did better on other records. `rec_oracle`: a matched filter told the true colour and size,
+at the tuned one's noise.
 """
 
 from __future__ import annotations
