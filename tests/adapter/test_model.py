@@ -81,6 +81,18 @@ def test_position_and_time_do_not_reach_the_values() -> None:
     torch.testing.assert_close(early, late, atol=1e-5, rtol=1e-5)
 
 
+def test_positions_may_reach_the_values() -> None:
+    """One place only: attention has nothing to choose, so place and time can come through the values alone."""
+    adapter = build(CONFIG.model_copy(update={"position_values": True}))
+    one = torch.ones(1, 5, 1, 1)
+    early, late = (adapter(Features({"up1": one}, torch.tensor([t]))).boxes for t in (10, 900))
+    assert not torch.allclose(early, late)
+    wide, high = (
+        adapter(Features({"up1": one.expand(1, 5, *size)}, torch.tensor([10]))).boxes for size in ((1, 2), (2, 1))
+    )
+    assert not torch.allclose(wide, high)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_normalisation_makes_the_scale_of_a_map_irrelevant(normalize: bool) -> None:
     adapter, given = build(CONFIG.model_copy(update={"normalize_features": normalize})), features()

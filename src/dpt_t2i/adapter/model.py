@@ -78,6 +78,8 @@ class DiscriminativeAdapter(nn.Module):
         source = source.flatten(2).transpose(1, 2)  # [B, h * w, d]
         positions = sine_positions(height, width, self.config.hidden_dim, source.device).to(source.dtype)
         positions = positions + self.timestep_encoding(features.timesteps.to(source.device))[:, None]
+        if self.config.position_values:
+            source = source + positions  # else attention can look at a place, but what it reads says not where it is
         states = self.transformer(source, positions, self.queries.weight)
         matching = states[:, : self.config.num_queries_matching]
         rec = states[:, self.config.num_queries_matching :]

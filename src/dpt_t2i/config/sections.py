@@ -50,6 +50,9 @@ class AdapterConfig(Section):
     contrastive_dim: Positive = Field(64, description="width of the contrastive alignment")
     num_token_classes: Positive = Field(255, description="token positions of the soft-token classifier")
     normalize_features: bool = Field(True, description="normalise the map before the projection (the release does not)")
+    position_values: bool = Field(
+        False, description="add place and timestep to the features too, as in the paper's figure; the release does not"
+    )
     grounding_text: str = Field(
         "denoiser", description="`denoiser` = the T2I model's own text encoder, or a RoBERTa folder / hub id"
     )
