@@ -213,7 +213,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 
 
 def tiny_t5_tokenizer() -> T5Tokenizer:
-    """A Unigram tokenizer trained on `WORDS`, closed by `</s>` and without BOS, as T5's; each of `WORDS` is one piece."""
+    """A Unigram tokenizer trained on `WORDS`, closed by `</s>` and without BOS, as T5's; each word is one piece."""
     special = ["<pad>", "</s>", "<unk>"]
     trained = Tokenizer(Unigram())
     trained.pre_tokenizer = pre_tokenizers.Sequence(
