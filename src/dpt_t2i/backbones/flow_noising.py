@@ -1,7 +1,7 @@
 """The noising of flow-matching families (Liu et al., 2023): z_t = (1 - sigma) z_0 + sigma noise, sigma = t / 1000.
 
 Timesteps are what the denoiser is conditioned on: floats from 0 (clean) to `num_train_timesteps` (noise). A scheduler's
-shift says which of them a sampler visits, not what they mean, so it enters `schedule` and nothing here.
+shift says which of them a sampler visits, not what they mean, so it has no place in here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from dpt_t2i.errors import InputError
 
 FLOW = "flow_prediction"  # diffusers' name for a predicted velocity of the flow
 
@@ -39,8 +41,20 @@ class FlowNoising:
         return timesteps.float() / self.num_train_timesteps
 
 
-def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """`mu` of a dynamically shifted schedule: linear in the image's tokens (diffusers' `calculate_shift`)."""
+def flow_noising(scheduler: Any, name: str) -> FlowNoising:
+    """Raises `InputError` where base `name`'s scheduler is not one of flow matching."""
+    if not type(scheduler).__name__.startswith("FlowMatch"):
+        raise InputError(f"base `{name}`: {type(scheduler).__name__} is no scheduler of flow matching")
+    return FlowNoising(int(scheduler.config.num_train_timesteps))
+
+
+def resolution_shift(config: Mapping[str, Any], height: int, width: int) -> float:
+    """`mu` of a dynamically shifted schedule, linear in the image's tokens (diffusers' `calculate_shift`).
+
+    Args:
+        config: the scheduler's.
+        height, width: of the image in tokens.
+    """
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(least + (most - least) * (tokens - low) / (high - low))
+    return float(least + (most - least) * (height * width - low) / (high - low))

@@ -26,7 +26,9 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.errors import InputError
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, self and cross, as in the release
+# Of every attention, self and cross, as in the release; those of the text stream in an MMDiT, as diffusers' scripts.
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+TEXT_STREAM = ("add_q_proj", "to_add_out")  # what the texts ask and are told: lost where the text stream ends
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "dpt"
 HEADER_KEY = "dpt"
@@ -188,11 +190,21 @@ def _to_float32(backbone: Backbone) -> list[nn.Parameter]:
 
 
 def _projections(backbone: Backbone) -> list[str]:
-    return [name for name, _ in backbone.denoiser.named_modules() if name.endswith(PROJECTIONS)]
+    """All but the text's queries in an attention that drops its answers (`context_pre_only`): they never learn."""
+    modules = dict(backbone.denoiser.named_modules())
+    ends = tuple(f"{name}." for name, module in modules.items() if getattr(module, "context_pre_only", None) is True)
+    return [
+        name
+        for name in modules
+        if name.endswith(PROJECTIONS) and not (name.endswith(TEXT_STREAM) and name.startswith(ends))
+    ]
 
 
 def _projections_up_to(backbone: Backbone, taps: Sequence[Tap]) -> list[str]:
-    """Those that run in an early-exit pass: asked of the denoiser, so that it holds for every family."""
+    """Those that count in an early-exit pass: asked of the denoiser, so that it holds for every family.
+
+    Of the block that the pass ends with, the text stream's results are dropped.
+    """
     if not taps:
         raise InputError("lora_scope `to_tap` needs a tap")
     ran: list[str] = []
@@ -209,7 +221,8 @@ def _projections_up_to(backbone: Backbone, taps: Sequence[Tap]) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    return ran
+    last = tuple(f"{tap.module}." for tap in taps if ran[-1].startswith(f"{tap.module}."))
+    return [name for name in ran if not (name.endswith(TEXT_STREAM) and name.startswith(last))]
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,13 +10,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpt_t2i.backbones import text as clip_text
-from dpt_t2i.backbones.flow_transformer import FlowTransformer
+from dpt_t2i.backbones.fingerprint import weights_hash
+from dpt_t2i.backbones.flow_noising import flow_noising, resolution_shift
 from dpt_t2i.backbones.interface import OnTruncate
-from dpt_t2i.backbones.tokens import joint_block_taps
+from dpt_t2i.backbones.mmdit import check_patches, joint_block_taps
+from dpt_t2i.backbones.parts import PipelineParts, architecture_of, check_tokenizer
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.errors import InputError
 
 T5_TOKENS = 256  # diffusers' default `max_sequence_length`; without T5 as many zeros
+ARCHITECTURE_KEYS = (
+    "patch_size",
+    "in_channels",
+    "num_layers",
+    "attention_head_dim",
+    "num_attention_heads",
+    "joint_attention_dim",
+    "caption_projection_dim",
+    "pooled_projection_dim",
+    "dual_attention_layers",
+    "qk_norm",
+)
 
 
 class StableDiffusion3Backbone(FlowTransformer):
@@ -30,44 +44,35 @@ class StableDiffusion3Backbone(FlowTransformer):
         InputError: a CLIP encoder is missing, or a tokenizer cannot give character offsets.
     """
 
-    family = "stable-diffusion-3"
-    architecture_keys = (
-        "patch_size",
-        "in_channels",
-        "num_layers",
-        "attention_head_dim",
-        "num_attention_heads",
-        "joint_attention_dim",
-        "caption_projection_dim",
-        "pooled_projection_dim",
-        "dual_attention_layers",
-        "qk_norm",
-    )
+    denoiser_key = "transformer"
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
-        for key in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"):
+        for key in ("text_encoder", "text_encoder_2"):
             if getattr(pipeline, key) is None:
                 raise InputError(f"base `{name}` has no {key}: without both CLIPs there is no pooled text vector")
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+            check_tokenizer(tokenizer, name)
         config = pipeline.transformer.config
         channels = config.num_attention_heads * config.attention_head_dim
         taps = joint_block_taps({"block": ("transformer_blocks", config.num_layers)}, channels, config.patch_size)
-        super().__init__(pipeline, name, taps, config.patch_size)
+        super().__init__(pipeline, name, taps, flow_noising(pipeline.scheduler, name))
         self._limit = clip_text.token_limit(pipeline.tokenizer, pipeline.text_encoder)
 
     @property
-    def latent_channels(self) -> int:
-        return int(self.config.in_channels)
+    def pooled_dim(self) -> int:
+        return int(self.config["pooled_projection_dim"])
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the model was trained at."""
-        side = int(self.config.sample_size) * self.vae_scale
-        return side, side
+    def text_dim(self) -> int:
+        return int(self.config["joint_attention_dim"])
 
     def schedule(self, steps: int, height: int, width: int) -> dict[str, Any]:
-        """As the pipeline: the scheduler's own sigmas, shifted by the resolution only where its config says so."""
-        dynamic = self.pipeline.scheduler.config.get("use_dynamic_shifting")
-        return {"num_inference_steps": steps} | ({"mu": self.shift_for(height, width)} if dynamic else {})
+        """Arguments of `FlowMatchEulerDiscreteScheduler.set_timesteps` for latents of height x width, as the pipeline:
+        the scheduler's own sigmas, shifted by the resolution only where its config says so."""
+        config, patch = self.pipeline.scheduler.config, self.config["patch_size"]
+        if not config.get("use_dynamic_shifting"):
+            return {"num_inference_steps": steps}
+        return {"num_inference_steps": steps, "mu": resolution_shift(config, height // patch, width // patch)}
 
     def encode_text(self, prompts: Sequence[str], on_truncate: OnTruncate = "warn") -> TextStates:
         """Tokens `[B, L + 256, joint_attention_dim]`; pooled `[B, P]`: both CLIPs' projections, side by side.
@@ -94,12 +99,22 @@ class StableDiffusion3Backbone(FlowTransformer):
         rows = clip_text.token_offsets(self.pipeline.tokenizer, texts, self._limit)
         return [row + [(0, 0)] * T5_TOKENS for row in rows]
 
-    def forward_denoiser(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
-        limit = self.config.pos_embed_max_size
-        if max(noisy.shape[-2:]) > limit * self.patch:
+    def fingerprint(self) -> dict[str, Any]:
+        """What an artifact must remember of its base, plain JSON. The hash reads all weights: seconds for a big one."""
+        architecture = architecture_of(self.config, ARCHITECTURE_KEYS) | {
+            "family": "stable-diffusion-3",
+            "text_width": self.text_dim,
+            "prediction_type": self.prediction_type,
+        }
+        return {"architecture": architecture, "name": self.name, "weights": weights_hash(self.denoiser)}
+
+    def _denoise(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
+        patch, most = self.config["patch_size"], self.config["pos_embed_max_size"]
+        check_patches(noisy, patch, self.vae_scale)
+        if max(noisy.shape[-2:]) > most * patch:
             raise InputError(
-                f"latents of {noisy.shape[-2]} x {noisy.shape[-1]}: base `{self.name}` knows at most {limit} patches a "
-                f"side, images of {limit * self.patch * self.vae_scale} pixels"
+                f"base `{self.name}` knows at most {most} patches a side: images of {most * patch * self.vae_scale} "
+                f"pixels, not {max(noisy.shape[-2:]) * self.vae_scale}"
             )
         prediction: Tensor = self.denoiser(
             hidden_states=noisy.to(self.dtype),

@@ -44,7 +44,7 @@ def parse_taps(
 
 def pick_map(output: Any, tap: Tap) -> Tensor:
     """The map in what the module of `tap` returned."""
-    return output if tap.select == "tensor" else output[("first", "second").index(tap.select)]
+    return output if tap.select == "tensor" else output[0]
 
 
 def tap_of_output(path: str, output: Any, latent_side: int) -> Tap:

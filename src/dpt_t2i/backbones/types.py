@@ -20,8 +20,7 @@ class Tap:
     module: str  # dotted path inside the denoiser, e.g. `up_blocks.1`
     channels: int  # C of the map
     stride: int  # latent pixels per feature pixel (16x16 latents, stride 4 -> 4x4 map)
-    # A block returns the map itself, or a tuple with the map first or (text, image) second.
-    select: Literal["tensor", "first", "second"] = "tensor"
+    select: Literal["tensor", "first"] = "tensor"  # a block returns the map, or a tuple that starts with it
 
 
 @dataclass(frozen=True)
