@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -295,3 +296,12 @@ def close(one: Tensor, other: Tensor, relative: float) -> bool:
 
 def tensors_of(text: TextStates) -> dict[str, Tensor]:
     return {"tokens": text.tokens, "pooled": text.pooled, "mask": text.mask, **text.extras}
+
+
+def stock_latents(pipeline: Any) -> Tensor:
+    """What a stock pipeline makes of fixed noise in two steps: the final latents of the images."""
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    made: Tensor = pipeline(
+        list(PROMPTS), num_inference_steps=2, latents=noise, output_type="latent", height=32, width=32
+    ).images
+    return made

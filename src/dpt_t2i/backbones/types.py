@@ -20,7 +20,8 @@ class Tap:
     module: str  # dotted path inside the denoiser, e.g. `up_blocks.1`
     channels: int  # C of the map
     stride: int  # latent pixels per feature pixel (16x16 latents, stride 4 -> 4x4 map)
-    select: Literal["tensor", "first"] = "tensor"  # a block returns the map, or a tuple that starts with it
+    # A block returns the image stream, or a tuple with it; as a map [B, C, h, w] or as tokens [B, h * w, C] by rows.
+    select: Literal["tensor", "first", "second"] = "tensor"
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from PIL import Image
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.fingerprint import lora_hash, weights_hash
+from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone
 from dpt_t2i.backbones.lora import load_lora
-from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
 from dpt_t2i.config import GenerateConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.evidence import PhraseBox, phrase_boxes
@@ -39,7 +39,7 @@ class PromptScore:
 class T2IModel:
     """Backbone, LoRA (inside the backbone) and adapter, ready to generate and to judge."""
 
-    def __init__(self, backbone: StableDiffusionBackbone, adapter: DiscriminativeAdapter | None = None) -> None:
+    def __init__(self, backbone: Backbone, adapter: DiscriminativeAdapter | None = None) -> None:
         self.backbone = backbone
         self.adapter = adapter
         self.scorer: MatchScorer | None = None
@@ -156,5 +156,5 @@ def _place(found: PhraseBox, placement: Placement) -> PhraseBox:
     return replace(found, box=(left, top, right, bottom))
 
 
-def _load_adapter(backbone: StableDiffusionBackbone, folder: Path) -> DiscriminativeAdapter:
+def _load_adapter(backbone: Backbone, folder: Path) -> DiscriminativeAdapter:
     return load_adapter(folder, backbone.device, backbone.fingerprint())[0]
