@@ -82,8 +82,10 @@ class FluxBackbone(PipelineParts):
         return side, side
 
     def schedule(self, steps: int, height: int, width: int) -> dict[str, Any]:
-        """Arguments of `FlowMatchEulerDiscreteScheduler.set_timesteps` for latents of height x width, as the pipeline:
-        sigmas 1 .. 1/steps, and the resolution's shift, which schnell's scheduler ignores."""
+        """Arguments of `FlowMatchEulerDiscreteScheduler.set_timesteps` for latents of height x width.
+
+        As the pipeline: sigmas 1 .. 1/steps, and the resolution's shift, which schnell's scheduler ignores.
+        """
         mu = resolution_shift(self.pipeline.scheduler.config, height // PATCH, width // PATCH)
         return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": mu}
 

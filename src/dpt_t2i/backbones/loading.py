@@ -15,16 +15,19 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dpt_t2i.backbones.flux import FluxBackbone
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.backbones.pixart_sigma import PixArtSigmaBackbone
 from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
+from dpt_t2i.backbones.stable_diffusion_3 import StableDiffusion3Backbone
 from dpt_t2i.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
 from dpt_t2i.errors import InputError
 
@@ -131,6 +134,8 @@ FAMILIES: dict[str, tuple[Callable[[Any, str], Backbone], dict[str, Any]]] = {
     "StableDiffusionPipeline": (StableDiffusionBackbone, _NO_CHECKER),
     "StableDiffusionXLPipeline": (StableDiffusionXLBackbone, {"add_watermarker": False}),
     "PixArtSigmaPipeline": (PixArtSigmaBackbone, {}),
+    "StableDiffusion3Pipeline": (StableDiffusion3Backbone, {}),
+    "FluxPipeline": (FluxBackbone, {}),
 }
 
 
@@ -141,8 +146,12 @@ def _load_pipeline(
     with _quietly():
         import diffusers
 
+        family = getattr(diffusers, pipeline_class)
+        # SD 3 is often saved without its T5. What a backbone cannot do without, it asks for itself.
+        texts = [name for name in signature(family).parameters if name.startswith(("text_encoder", "tokenizer"))]
+        absent = dict.fromkeys(set(texts) - set(_read_index(folder)))
         try:
-            pipeline = getattr(diffusers, pipeline_class).from_pretrained(folder, local_files_only=True, **options)
+            pipeline = family.from_pretrained(folder, local_files_only=True, **options, **absent)
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise InputError(f"base model {folder} does not load: {str(error).strip().splitlines()[0]}") from error
         pipeline.set_progress_bar_config(disable=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpt_t2i.backbones import latents as vae_latents
+from dpt_t2i.backbones.flow_noising import FlowNoising
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.noising import Noising
 from dpt_t2i.backbones.reader import read_maps, read_output
@@ -27,7 +28,7 @@ class PipelineParts(ABC):
 
     denoiser_key: str  # the pipeline's attribute, and the prefix in a LoRA file
 
-    def __init__(self, pipeline: Any, name: str, taps: Mapping[str, Tap], noising: Noising) -> None:
+    def __init__(self, pipeline: Any, name: str, taps: Mapping[str, Tap], noising: Noising | FlowNoising) -> None:
         self.name = name
         self.pipeline = pipeline
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_key)

@@ -33,7 +33,7 @@ ARCHITECTURE_KEYS = (
 )
 
 
-class StableDiffusion3Backbone(FlowTransformer):
+class StableDiffusion3Backbone(PipelineParts):
     """A diffusers `StableDiffusion3Pipeline` as a feature function; implements `Backbone`.
 
     Taps `block0..`: the image stream after each joint block. Texts are laid out as the pipeline does: the two CLIPs'
@@ -50,7 +50,8 @@ class StableDiffusion3Backbone(FlowTransformer):
         for key in ("text_encoder", "text_encoder_2"):
             if getattr(pipeline, key) is None:
                 raise InputError(f"base `{name}` has no {key}: without both CLIPs there is no pooled text vector")
-        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        third = [] if pipeline.text_encoder_3 is None else [pipeline.tokenizer_3]
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2, *third):
             check_tokenizer(tokenizer, name)
         config = pipeline.transformer.config
         channels = config.num_attention_heads * config.attention_head_dim
@@ -67,8 +68,10 @@ class StableDiffusion3Backbone(FlowTransformer):
         return int(self.config["joint_attention_dim"])
 
     def schedule(self, steps: int, height: int, width: int) -> dict[str, Any]:
-        """Arguments of `FlowMatchEulerDiscreteScheduler.set_timesteps` for latents of height x width, as the pipeline:
-        the scheduler's own sigmas, shifted by the resolution only where its config says so."""
+        """Arguments of `FlowMatchEulerDiscreteScheduler.set_timesteps` for latents of height x width.
+
+        As the pipeline: the scheduler's own sigmas, shifted by the resolution only where its config says so.
+        """
         config, patch = self.pipeline.scheduler.config, self.config["patch_size"]
         if not config.get("use_dynamic_shifting"):
             return {"num_inference_steps": steps}
@@ -95,7 +98,7 @@ class StableDiffusion3Backbone(FlowTransformer):
         )
 
     def token_offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Characters `[start, end)` of each position of `encode_text(texts).tokens`; (0, 0) for special tokens and T5."""
+        """Characters `[start, end)` of each position of `encode_text(texts).tokens`; (0, 0) for special ones and T5's."""
         rows = clip_text.token_offsets(self.pipeline.tokenizer, texts, self._limit)
         return [row + [(0, 0)] * T5_TOKENS for row in rows]
 

@@ -54,7 +54,9 @@ def _flow_scheduler(backbone: Backbone, name: str, steps: int, latent_size: tupl
 
     if name not in FLOW_SAMPLERS:
         known = " or ".join(f"`{sampler}`" for sampler in FLOW_SAMPLERS)
-        raise InputError(f"scheduler `{name}` is not for flow matching, which base `{backbone.name}` uses; give {known}")
+        raise InputError(
+            f"scheduler `{name}` is not for flow matching, which base `{backbone.name}` uses; give {known}"
+        )
     height, width = latent_size or [side // backbone.vae_scale for side in backbone.image_size]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
         backbone.pipeline.scheduler.config,
