@@ -98,7 +98,7 @@ class StableDiffusion3Backbone(PipelineParts):
         )
 
     def token_offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Characters `[start, end)` of each position of `encode_text(texts).tokens`; (0, 0) for special ones and T5's."""
+        """Characters `[start, end)` of each position of `encode_text(texts).tokens`; (0, 0) for special and T5's."""
         rows = clip_text.token_offsets(self.pipeline.tokenizer, texts, self._limit)
         return [row + [(0, 0)] * T5_TOKENS for row in rows]
 
