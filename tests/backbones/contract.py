@@ -79,21 +79,27 @@ def an_early_exit_gives_the_same_bits(backbone: Backbone) -> None:
 def features_cost_the_blocks_up_to_the_tap(backbone: Backbone) -> None:
     """Counted another way: in a full pass, what has been spent at the moment when the tap's module returns."""
     noisy, timesteps, text = inputs(backbone)
-    costs = []
-    for tap in backbone.taps.values():
-        spent: list[int] = []
-        with torch.no_grad(), FlopCounterMode(display=False) as full:
-            handle = backbone.denoiser.get_submodule(tap.module).register_forward_hook(
-                lambda *_, spent=spent, full=full: spent.append(full.get_total_flops())
+    table = tuple(backbone.taps.values())
+    taps = dict.fromkeys((table[0], middle_tap(backbone), table[-1]))
+    spent: dict[str, int] = {}
+    with torch.no_grad(), FlopCounterMode(display=False) as full:
+        handles = [
+            backbone.denoiser.get_submodule(tap.module).register_forward_hook(
+                lambda *_, name=tap.name: spent.update({name: full.get_total_flops()})
             )
-            backbone.predict(noisy, timesteps, text)
-            handle.remove()
+            for tap in taps
+        ]
+        backbone.predict(noisy, timesteps, text)
+    for handle in handles:
+        handle.remove()
+    costs = []
+    for tap in taps:
         with torch.no_grad(), FlopCounterMode(display=False) as early:
             backbone.features(noisy, timesteps, text, [tap])
-        assert early.get_total_flops() == spent[0], tap.name
         costs.append(early.get_total_flops())
-    assert costs == sorted(costs) and costs[0] > 0
-    assert costs[0] < full.get_total_flops() and costs[-1] <= full.get_total_flops()
+        assert costs[-1] == spent[tap.name], tap.name
+    assert 0 < costs[0] < costs[-1] <= full.get_total_flops()
+    assert costs == sorted(costs)
 
 
 def gradients_reach_latents_and_lora(backbone: Backbone) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +63,9 @@ class StableDiffusionXLBackbone(PipelineParts):
         """Both encoders' last but one states side by side, as the pipeline feeds them, and p(y).
 
         `extras["text_embeds"]` is what the pipeline gives the U-Net as pooled vector. p(y) is projected from the state
-        at the tokenizer's own EOS; both are the same wherever the text config names that token.
+        at the tokenizer's own EOS; both are the same wherever the text config names that token. The empty prompt is
+        all zeros where the pipeline's config says `force_zeros_for_empty_prompt`, as a pipeline without a negative
+        prompt has it.
 
         Raises:
             InputError: a prompt is over the token limit and `on_truncate` is `error`; `warn` says what is cut.
@@ -78,21 +79,12 @@ class StableDiffusionXLBackbone(PipelineParts):
             for (_, encoder), tokenized in zip(self._encoders, (first, second), strict=True)
         ]
         tokens = torch.cat([states.hidden_states[-2].float() for states in encoded], dim=-1)
+        kept = self._kept(prompts)
         rows = torch.arange(len(tokens), device=self.device)
         at_eos = encoded[1].last_hidden_state[rows, second.eos.to(self.device)]
         pooled = self.pipeline.text_encoder_2.text_projection(at_eos).float()
-        extras = {"text_embeds": encoded[1].text_embeds.float()}
-        return TextStates(tokens, pooled, first.mask.to(self.device), extras)
-
-    def null_text(self, batch: int) -> TextStates:
-        """What the pipeline feeds without a negative prompt: zeros where its config says so, else the empty prompt."""
-        empty = super().null_text(batch)
-        if not self.pipeline.config.force_zeros_for_empty_prompt:
-            return empty
-        extras = {key: torch.zeros_like(value) for key, value in empty.extras.items()}
-        return replace(
-            empty, tokens=torch.zeros_like(empty.tokens), pooled=torch.zeros_like(empty.pooled), extras=extras
-        )
+        extras = {"text_embeds": encoded[1].text_embeds.float() * kept}
+        return TextStates(tokens * kept[..., None], pooled * kept, first.mask.to(self.device), extras)
 
     def token_offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Characters `[start, end)` of each position of `encode_text(texts).tokens`; (0, 0) for special tokens.
@@ -110,6 +102,11 @@ class StableDiffusionXLBackbone(PipelineParts):
             "prediction_type": self.prediction_type,
         }
         return {"architecture": architecture, "name": self.name, "weights": weights_hash(self.denoiser)}
+
+    def _kept(self, prompts: Sequence[str]) -> Tensor:
+        """`[B, 1]`: 0 for the empty prompt where it stands for "no condition", else 1."""
+        zeros = self.pipeline.config.force_zeros_for_empty_prompt
+        return torch.tensor([[float(not zeros or prompt != "")] for prompt in prompts], device=self.device)
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         height, width = (side * self.vae_scale for side in noisy.shape[-2:])

@@ -57,7 +57,7 @@ def pick_map(output: Any, tap: Tap, sides: tuple[int, int] | None = None) -> Ten
     if sides is None:
         raise ValueError(f"tap `{tap.name}` gives tokens: say the latents' sides")
     rows, columns = (side // tap.stride for side in sides)
-    return value.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    return value.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous()
 
 
 def tap_of_output(path: str, output: Any, sides: tuple[int, int]) -> Tap:
