@@ -16,7 +16,7 @@ from dpt_t2i.errors import InputError
 from tests.backbones import contract
 from tests.families import save_flux
 
-PROMPTS = ["a red circle", "the star left of two squares"]
+PROMPTS = ["a red circle", "the star left of a square"]
 
 
 @pytest.fixture(scope="module")

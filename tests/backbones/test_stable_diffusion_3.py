@@ -15,7 +15,7 @@ from dpt_t2i.errors import InputError
 from tests.backbones import contract
 from tests.families import save_sd3
 
-PROMPTS = ["a red circle", "the star left of two squares"]
+PROMPTS = ["a red circle", "the star left of a square"]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_inner_modules_are_taps_of_the_image_alone(folder):
     tap, block = backbone.parse_taps("transformer_blocks.0.attn2_block1")
     assert (tap.channels, tap.stride, block.name) == (16, 2, "block1")
     with pytest.raises(InputError, match="gives no map of the image"):
-        backbone.parse_taps("context_embedder")
+        backbone.parse_taps("time_text_embed.text_embedder")
     with pytest.raises(InputError, match="unknown tap `up1`; .*known: block0, block1, block2"):
         backbone.parse_taps("up1")
 

@@ -148,8 +148,9 @@ def _load_pipeline(
 
         family = getattr(diffusers, pipeline_class)
         # SD 3 is often saved without its T5. What a backbone cannot do without, it asks for itself.
+        index = _read_index(folder)
         texts = [name for name in signature(family).parameters if name.startswith(("text_encoder", "tokenizer"))]
-        absent = dict.fromkeys(set(texts) - set(_read_index(folder)))
+        absent = {name: None for name in texts if None in (index.get(name) or [None])}
         try:
             pipeline = family.from_pretrained(folder, local_files_only=True, **options, **absent)
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
