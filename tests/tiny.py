@@ -50,7 +50,9 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
+def tiny_pipeline(
+    prediction_type: str = "epsilon", seed: int = 0, use_linear_projection: bool = False
+) -> StableDiffusionPipeline:
     """A whole pipeline with random weights of `seed`; the global random state is left as it was."""
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -63,6 +65,7 @@ def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiff
             layers_per_block=1,
             attention_head_dim=2,
             cross_attention_dim=32,
+            use_linear_projection=use_linear_projection,
             norm_num_groups=4,
         )
         vae = AutoencoderKL(

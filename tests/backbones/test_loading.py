@@ -54,8 +54,8 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
 
 def test_an_unknown_family_lists_the_supported_ones(folder):
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    with pytest.raises(InputError, match="FluxPipeline is not supported; supported: StableDiffusionPipeline"):
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "KolorsPipeline"}))
+    with pytest.raises(InputError, match="KolorsPipeline is not supported; supported: StableDiffusionPipeline"):
         load_backbone(folder)
 
 

@@ -57,8 +57,8 @@ def test_an_inner_module_is_a_tap_with_its_own_channels():
     backbone = tiny_backbone()
     tap, block = backbone.parse_taps("up_blocks.1.resnets.0_up1")
     assert (tap.name, tap.channels, tap.stride, block.name) == ("up_blocks.1.resnets.0", 24, 4, "up1")
-    with pytest.raises(InputError, match="transformer_blocks.0` gives no"):
-        backbone.parse_taps("mid_block.attentions.0.transformer_blocks.0")
+    with pytest.raises(InputError, match="attn2.to_k` gives no map"):  # one state a word, not a place
+        backbone.parse_taps("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
     with pytest.raises(InputError, match=r"unknown tap `up_blocks\.7`"):
         backbone.parse_taps("up_blocks.7")
 

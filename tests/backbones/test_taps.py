@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from dpt_t2i.backbones.taps import parse_taps, tap_of_output
+from dpt_t2i.backbones.taps import parse_taps, pick_map, tap_of_output
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.backbones.unet_taps import unet_taps
 from dpt_t2i.errors import InputError
 
 TABLE = unet_taps({"block_out_channels": (8, 16, 16), "mid_block_type": "UNetMidBlock2DCrossAttn"})
+SIDES = (16, 32)  # of the latents
 
 
 def names(taps: tuple[Tap, ...]) -> list[str]:
@@ -41,11 +42,26 @@ def test_unknown_and_double_names_are_refused(text, message):
 
 
 def test_an_output_tells_channels_and_stride():
-    assert tap_of_output("a.b", torch.zeros(1, 24, 4, 4), 16) == Tap("a.b", "a.b", 24, 4, "tensor")
-    assert tap_of_output("a.b", (torch.zeros(1, 24, 8, 8), None), 16) == Tap("a.b", "a.b", 24, 2, "first")
+    assert tap_of_output("a.b", torch.zeros(1, 24, 4, 8), SIDES) == Tap("a.b", "a.b", 24, 4, "tensor")
+    assert tap_of_output("a.b", (torch.zeros(1, 24, 8, 16), None), SIDES) == Tap("a.b", "a.b", 24, 2, "first")
+
+
+def test_tokens_are_laid_out_by_rows():
+    tokens = torch.arange(4 * 8.0)[None, :, None].expand(1, 32, 24)
+    tap = tap_of_output("a.b", tokens, SIDES)
+    assert tap == Tap("a.b", "a.b", 24, 4, "tensor")
+    grid = pick_map(tokens, tap, SIDES)
+    assert grid.shape == (1, 24, 4, 8)
+    assert torch.equal(grid[0, 5], torch.arange(32.0).reshape(4, 8))
+    words = torch.zeros(1, 77, 24)
+    joint = tap_of_output("a.b", (words, tokens), SIDES)
+    assert joint.select == "second"
+    assert torch.equal(pick_map((words, tokens), joint, SIDES), grid)
+    with pytest.raises(ValueError, match="sides"):
+        pick_map(tokens, tap)
 
 
 @pytest.mark.parametrize("output", [torch.zeros(1, 16, 24), (torch.zeros(1, 8),), None, ()])
 def test_what_is_no_map_is_refused(output):
-    with pytest.raises(InputError, match=r"a\.b.*no \[B, C, h, w\] map"):
-        tap_of_output("a.b", output, 16)
+    with pytest.raises(InputError, match=r"a\.b.*no map of the image"):
+        tap_of_output("a.b", output, SIDES)

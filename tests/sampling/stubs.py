@@ -29,6 +29,8 @@ def scheduler() -> DDIMScheduler:
 class ConstantNoise:
     """A denoiser that always sees the same noise, so that z_t = a z_0 + s NOISE exactly, in every sampler."""
 
+    prediction_type = "epsilon"
+
     def __init__(self) -> None:
         self.pipeline = SimpleNamespace(scheduler=scheduler())
         self.device = torch.device("cpu")

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dpt_t2i.errors import InputError
 
+MOMENTS = ("latents_mean", "latents_std")  # per channel, in the config of some fine-tuned VAEs (Playground 2.5)
+
 
 def encode_image(vae: Any, pixels: Tensor, vae_scale: int, generator: torch.Generator | None = None) -> Tensor:
     """`[B, 3, H, W]` in [-1, 1] -> `[B, C, H/scale, W/scale]` float32, scaled as the denoiser expects.
@@ -26,15 +28,23 @@ def encode_image(vae: Any, pixels: Tensor, vae_scale: int, generator: torch.Gene
     if generator is not None:
         noise = torch.randn(latents.shape, generator=generator, device=generator.device)
         latents = latents + posterior.std.float() * noise.to(latents.device)
-    return (latents - _shift(vae)) * vae.config.scaling_factor
+    shift, scale = _statistics(vae, latents)
+    return (latents - shift) * scale
 
 
 def decode_image(vae: Any, latents: Tensor) -> Tensor:
     """`[B, C, h, w]` -> pixels `[B, 3, H, W]` float32, nominally in [-1, 1] and not clamped."""
-    unscaled = latents.float() / vae.config.scaling_factor + _shift(vae)
+    shift, scale = _statistics(vae, latents)
+    unscaled = latents.float() / scale + shift
     pixels: Tensor = vae.decode(unscaled.to(vae.device, vae.dtype)).sample
     return pixels.float()
 
 
-def _shift(vae: Any) -> float:
-    return float(vae.config.get("shift_factor") or 0.0)  # older VAEs have none
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """(shift, scale) of latents, for all channels or `[1, C, 1, 1]`; older VAEs have a scale only."""
+    config = vae.config
+    shift, scale = float(config.get("shift_factor") or 0.0), float(config.scaling_factor)
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return shift, scale
+    mean, std = (torch.tensor(config[key], device=latents.device)[None, :, None, None] for key in MOMENTS)
+    return mean, scale / std

@@ -15,14 +15,20 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dpt_t2i.backbones.flux import FluxBackbone
+from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.lora import LORA_FILE
+from dpt_t2i.backbones.pixart_sigma import PixArtSigmaBackbone
 from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
+from dpt_t2i.backbones.stable_diffusion_3 import StableDiffusion3Backbone
+from dpt_t2i.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
 from dpt_t2i.errors import InputError
 
 BUNDLED = "bundled"
@@ -33,7 +39,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 def load_backbone(
     name_or_path: str | Path, revision: str | None = None, device: str = "auto", dtype: str = "float32"
-) -> StableDiffusionBackbone:
+) -> Backbone:
     """A text-to-image model, frozen and in eval mode.
 
     Args:
@@ -45,11 +51,12 @@ def load_backbone(
         InputError: folder missing; a model file missing or truncated (names it); a family that is not supported.
     """
     folder = base_folder(name_or_path, revision)
-    family = _read_index(folder).get("_class_name")
+    family = str(_read_index(folder).get("_class_name"))
     if family not in FAMILIES:
         raise InputError(f"{folder}: pipeline class {family} is not supported; supported: {', '.join(FAMILIES)}")
-    place = resolve_device(device)
-    return FAMILIES[family](folder, _display_name(name_or_path), place, DTYPES[dtype])
+    backbone, options = FAMILIES[family]
+    pipeline = _load_pipeline(folder, family, options, resolve_device(device), DTYPES[dtype])
+    return backbone(pipeline, _display_name(name_or_path))
 
 
 def base_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -119,26 +126,37 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _load_stable_diffusion(
-    folder: Path, name: str, device: torch.device, dtype: torch.dtype
-) -> StableDiffusionBackbone:
-    _check_files(folder)
-    # The safety checker is not part of the method, and would blacken images unseen.
-    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    with _quietly():
-        from diffusers import StableDiffusionPipeline
+# The safety checker is not part of the method, and would blacken images unseen.
+_NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
+# Pipeline class of `model_index.json` -> its backbone, and what `from_pretrained` is told beside the folder.
+FAMILIES: dict[str, tuple[Callable[[Any, str], Backbone], dict[str, Any]]] = {
+    "StableDiffusionPipeline": (StableDiffusionBackbone, _NO_CHECKER),
+    "StableDiffusionXLPipeline": (StableDiffusionXLBackbone, {"add_watermarker": False}),
+    "PixArtSigmaPipeline": (PixArtSigmaBackbone, {}),
+    "StableDiffusion3Pipeline": (StableDiffusion3Backbone, {}),
+    "FluxPipeline": (FluxBackbone, {}),
+}
+
+
+def _load_pipeline(
+    folder: Path, pipeline_class: str, options: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> Any:
+    _check_files(folder)
+    with _quietly():
+        import diffusers
+
+        family = getattr(diffusers, pipeline_class)
+        # SD 3 is often saved without its T5. What a backbone cannot do without, it asks for itself.
+        index = _read_index(folder)
+        texts = [name for name in signature(family).parameters if name.startswith(("text_encoder", "tokenizer"))]
+        absent = {name: None for name in texts if None in (index.get(name) or [None])}
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            pipeline = family.from_pretrained(folder, local_files_only=True, **options, **absent)
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise InputError(f"base model {folder} does not load: {str(error).strip().splitlines()[0]}") from error
         pipeline.set_progress_bar_config(disable=True)
-        return StableDiffusionBackbone(pipeline.to(device, dtype), name)
-
-
-FAMILIES: dict[str, Callable[[Path, str, torch.device, torch.dtype], StableDiffusionBackbone]] = {
-    "StableDiffusionPipeline": _load_stable_diffusion,
-}
+        return pipeline.to(device, dtype)
 
 
 @contextlib.contextmanager
@@ -175,22 +193,34 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _check_files(folder: Path) -> None:
     """Name the file that is missing or cut short, before the libraries say something vaguer or nothing at all."""
-    for component in ("unet", "vae", "text_encoder"):
-        part = folder / component
-        _read_json(part / "config.json")
-        weights = [file for file in sorted(part.glob("*")) if file.suffix in WEIGHT_SUFFIXES]
-        if not weights:
-            raise InputError(f"base model {part} holds no weights (*.safetensors); fetch it again")
-        for file in weights:
-            _check_weights(file)
-    _read_json(folder / "scheduler" / "scheduler_config.json")
-    tokenizer = folder / "tokenizer"
-    # Without its vocabulary transformers makes an empty tokenizer and says nothing.
-    if (tokenizer / "tokenizer.json").is_file():
+    for name, entry in _read_index(folder).items():
+        kind = name.rstrip("_23")
+        if not isinstance(entry, list) or None in entry:
+            continue  # no component, or an optional one that is not there
+        if kind in ("unet", "transformer", "vae", "text_encoder"):
+            _check_part(folder / name)
+        elif kind == "scheduler":
+            _read_json(folder / name / "scheduler_config.json")
+        elif kind == "tokenizer":
+            _check_tokenizer(folder / name)
+
+
+def _check_part(part: Path) -> None:
+    _read_json(part / "config.json")
+    weights = [file for file in sorted(part.glob("*")) if file.suffix in WEIGHT_SUFFIXES]
+    if not weights:
+        raise InputError(f"base model {part} holds no weights (*.safetensors); fetch it again")
+    for file in weights:
+        _check_weights(file)
+
+
+def _check_tokenizer(part: Path) -> None:
+    """Without its vocabulary transformers makes an empty tokenizer and says nothing."""
+    if any((part / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         return
     for name in ("vocab.json", "merges.txt"):
-        if not (tokenizer / name).is_file():
-            raise InputError(f"base model file {tokenizer / name} is missing; fetch it again")
+        if not (part / name).is_file():
+            raise InputError(f"base model file {part / name} is missing; fetch it again")
 
 
 def _check_weights(file: Path) -> None:

@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dpt_t2i.backbones import peft_only
 from dpt_t2i.backbones.fingerprint import check_fingerprint
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.errors import InputError
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, self and cross, as in the release
+# Of every attention, self and cross, as in the release; those of the text stream in an MMDiT, as diffusers' scripts.
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+TEXT_STREAM = ("add_q_proj", "to_add_out")  # what the texts ask and are told: lost where the text stream ends
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "dpt"
 HEADER_KEY = "dpt"
@@ -59,7 +62,10 @@ def add_lora(
         target_modules=targets,
     )
     denoiser: Any = backbone.denoiser
-    denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
+    if peft_only.has_lora_methods(denoiser):
+        denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
+    else:
+        inject_adapter_in_model(config, denoiser, ADAPTER_NAME)
     return _to_float32(backbone)
 
 
@@ -70,8 +76,12 @@ def lora_parameters(backbone: Backbone) -> list[nn.Parameter]:
 
 def remove_lora(backbone: Backbone) -> None:
     """Back to the plain base; nothing happens without a LoRA."""
-    if lora_parameters(backbone):
+    if not lora_parameters(backbone):
+        return
+    if peft_only.has_lora_methods(backbone.denoiser):
         backbone.pipeline.unload_lora_weights()
+    else:
+        peft_only.remove(backbone.denoiser)
 
 
 @contextlib.contextmanager
@@ -93,13 +103,16 @@ def lora_disabled(backbone: Backbone) -> Iterator[None]:
 def save_lora(backbone: Backbone, folder: Path, metadata: Mapping[str, Any]) -> Path:
     """Write `folder/pytorch_lora_weights.safetensors`, which stock `pipe.load_lora_weights(folder)` reads exactly.
 
+    U-Nets get diffusers' names (`lora.down`, `lora.up`), transformers PEFT's (`lora_A`, `lora_B`), as diffusers itself
+    writes them. PixArt's pipeline has no `load_lora_weights`: our `load_lora` reads that file.
+
     Args:
         metadata: the resolved config and whatever else should travel with the weights; plain JSON.
     """
     denoiser: Any = backbone.denoiser
     config = denoiser.peft_config[ADAPTER_NAME]
     state = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME)
-    tensors = {f"{backbone.denoiser_key}.{_to_diffusers(key)}": value.detach().cpu() for key, value in state.items()}
+    tensors = {_file_key(backbone, key): value.detach().cpu() for key, value in state.items()}
     described = {f"{backbone.denoiser_key}.{key}": value for key, value in config.to_dict().items()}
     ours = {
         "config": dict(metadata),
@@ -158,21 +171,24 @@ def load_lora(backbone: Backbone, path: Path, trainable: bool = False) -> dict[s
     if "base" in ours:
         check_fingerprint(ours["base"], backbone.fingerprint(), f"LoRA {file}")
     try:
-        state, alphas = backbone.pipeline.lora_state_dict(dict(raw))
+        state, alphas = _known_names(backbone, raw)
     except (ValueError, KeyError) as error:  # kohya's names of another family
         raise InputError(f"LoRA {file}: its keys are unknown to `{backbone.name}` ({error})") from error
     peft_state = _checked(backbone, state, file, ours.get("base", {}).get("name", "unknown"))
     remove_lora(backbone)
     described = json.loads(header[DIFFUSERS_HEADER_KEY]) if DIFFUSERS_HEADER_KEY in header else None
-    # diffusers works out ranks and alphas; the values are then set again, because it rounds them to the base's dtype.
     denoiser: Any = backbone.denoiser
-    denoiser.load_lora_adapter(
-        state,
-        prefix=backbone.denoiser_key,
-        network_alphas=alphas or None,
-        metadata=described,
-        adapter_name=ADAPTER_NAME,
-    )
+    if peft_only.has_lora_methods(denoiser):
+        # diffusers works out ranks and alphas; the values are set again below, as it rounds them to the base's dtype.
+        denoiser.load_lora_adapter(
+            state,
+            prefix=backbone.denoiser_key,
+            network_alphas=alphas or None,
+            metadata=described,
+            adapter_name=ADAPTER_NAME,
+        )
+    else:
+        peft_only.inject_for(denoiser, peft_state, described, backbone.denoiser_key, ADAPTER_NAME)
     parameters = _to_float32(backbone)
     set_peft_model_state_dict(denoiser, peft_state, adapter_name=ADAPTER_NAME)
     for parameter in parameters:
@@ -188,11 +204,21 @@ def _to_float32(backbone: Backbone) -> list[nn.Parameter]:
 
 
 def _projections(backbone: Backbone) -> list[str]:
-    return [name for name, _ in backbone.denoiser.named_modules() if name.endswith(PROJECTIONS)]
+    """All but the text's queries in an attention that drops its answers (`context_pre_only`): they never learn."""
+    modules = dict(backbone.denoiser.named_modules())
+    ends = tuple(f"{name}." for name, module in modules.items() if getattr(module, "context_pre_only", None) is True)
+    return [
+        name
+        for name in modules
+        if name.endswith(PROJECTIONS) and not (name.endswith(TEXT_STREAM) and name.startswith(ends))
+    ]
 
 
 def _projections_up_to(backbone: Backbone, taps: Sequence[Tap]) -> list[str]:
-    """Those that run in an early-exit pass: asked of the denoiser, so that it holds for every family."""
+    """Those that count in an early-exit pass: asked of the denoiser, so that it holds for every family.
+
+    Of the block that the pass ends with, the text stream's results are dropped.
+    """
     if not taps:
         raise InputError("lora_scope `to_tap` needs a tap")
     ran: list[str] = []
@@ -209,7 +235,8 @@ def _projections_up_to(backbone: Backbone, taps: Sequence[Tap]) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    return ran
+    last = tuple(f"{tap.module}." for tap in taps if ran[-1].startswith(f"{tap.module}."))
+    return [name for name in ran if not (name.endswith(TEXT_STREAM) and name.startswith(last))]
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -221,8 +248,22 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"LoRA {file} is truncated or no safetensors file ({error}); fetch it again") from error
 
 
-def _to_diffusers(peft_key: str) -> str:
-    return peft_key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
+def _file_key(backbone: Backbone, peft_key: str) -> str:
+    if backbone.denoiser_key == "unet":
+        peft_key = peft_key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
+    return f"{backbone.denoiser_key}.{peft_key}"
+
+
+def _known_names(backbone: Backbone, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under diffusers' or PEFT's names behind `unet.` or `transformer.`, and the alphas of a kohya file."""
+    if not peft_only.has_lora_methods(backbone.denoiser):
+        own = f"{backbone.denoiser_key}."
+        return {key.replace("base_model.model.", own, 1): value for key, value in raw.items()}, {}
+    # Kohya numbers the blocks of an XL U-Net in its own way; diffusers asks the config for them.
+    config = {"unet_config": backbone.denoiser.config} if backbone.denoiser_key == "unet" else {}
+    converted = backbone.pipeline.lora_state_dict(dict(raw), **config)
+    state, alphas = converted if isinstance(converted, tuple) else (converted, None)
+    return state, alphas or {}
 
 
 def _checked(backbone: Backbone, state: Mapping[str, Tensor], file: Path, made_for: str) -> dict[str, Tensor]:

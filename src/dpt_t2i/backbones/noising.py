@@ -21,6 +21,10 @@ class Noising:
     alphas_cumprod: Tensor  # [num_train_timesteps] float32
     prediction_type: str  # what the denoiser was trained to predict
 
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
             known = ", ".join(PREDICTION_TYPES)

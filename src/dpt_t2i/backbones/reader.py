@@ -23,9 +23,16 @@ class _EverythingRead(Exception):
 
 
 def read_maps(
-    module: nn.Module, taps: Sequence[Tap], run: Callable[[], T], early_exit: bool
+    module: nn.Module,
+    taps: Sequence[Tap],
+    run: Callable[[], T],
+    early_exit: bool,
+    sides: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Tensor], T | None]:
     """Call `run` (one pass of `module`) and keep the map at each of `taps`.
+
+    Args:
+        sides: (height, width) of the latents, by which tokens are laid out; needed for transformers only.
 
     Returns:
         tap name -> `[B, C, h, w]` in the order of `taps`, and what `run` returned (None after an early exit, which
@@ -40,7 +47,7 @@ def read_maps(
     for tap in taps:
         if tap.module not in outputs:
             raise InputError(f"tap `{tap.name}`: module {tap.module} takes no part in the denoiser's forward pass")
-    return {tap.name: pick_map(outputs[tap.module], tap) for tap in taps}, result
+    return {tap.name: pick_map(outputs[tap.module], tap, sides) for tap in taps}, result
 
 
 def read_output(module: nn.Module, path: str, run: Callable[[], Any]) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.errors import InputError
+
+SELECTS: tuple[Literal["first", "second"], ...] = ("first", "second")  # places in a tuple, as `Tap.select` names them
 
 
 def parse_taps(
@@ -42,23 +45,49 @@ def parse_taps(
     return tuple(found)
 
 
-def pick_map(output: Any, tap: Tap) -> Tensor:
-    """The map in what the module of `tap` returned."""
-    return output if tap.select == "tensor" else output[0]
+def pick_map(output: Any, tap: Tap, sides: tuple[int, int] | None = None) -> Tensor:
+    """The map `[B, C, h, w]` in what the module of `tap` returned.
+
+    Args:
+        sides: (height, width) of the latents; needed where the module returns tokens `[B, h * w, C]`.
+    """
+    value: Tensor = output if tap.select == "tensor" else output[SELECTS.index(tap.select)]
+    if value.ndim == 4:
+        return value
+    if sides is None:
+        raise ValueError(f"tap `{tap.name}` gives tokens: say the latents' sides")
+    rows, columns = (side // tap.stride for side in sides)
+    return value.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous()
 
 
-def tap_of_output(path: str, output: Any, latent_side: int) -> Tap:
-    """The tap of module `path`, whose `output` was seen on a square latent of `latent_side` pixels.
+def tap_of_output(path: str, output: Any, sides: tuple[int, int]) -> Tap:
+    """The tap of module `path`, whose `output` was seen on latents of `sides` (height, width).
 
     Raises:
-        InputError: the module gives no `[B, C, h, w]` map.
+        InputError: the module gives neither a map nor one token a place of the image.
     """
-    is_tensor = isinstance(output, Tensor)
-    value = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(value, Tensor) or value.ndim != 4:
-        raise InputError(f"tap `{path}` gives no [B, C, h, w] map; name a block, a resnet or a whole attention module")
-    stride = latent_side // value.shape[-1]
-    return Tap(path, path, value.shape[1], stride, "tensor" if is_tensor else "first")
+    found: list[tuple[Literal["tensor", "first", "second"], Any]] = [("tensor", output)]
+    if isinstance(output, tuple):
+        found = list(zip(SELECTS, output, strict=False))
+    for select, value in found:
+        stride = _stride(value, sides)
+        if stride is not None:
+            channels = value.shape[1] if value.ndim == 4 else value.shape[2]
+            return Tap(path, path, channels, stride, select)
+    raise InputError(f"tap `{path}` gives no map of the image; name a block, a resnet or a whole attention module")
+
+
+def _stride(value: Any, sides: tuple[int, int]) -> int | None:
+    """Latent pixels per place of `value`, a map or tokens; None if it is neither."""
+    height, width = sides
+    if not isinstance(value, Tensor) or value.ndim not in (3, 4):
+        return None
+    if value.ndim == 4:
+        stride = height // value.shape[2]
+        return stride if (height, width) == (stride * value.shape[2], stride * value.shape[3]) else None
+    stride = math.isqrt(height * width // max(value.shape[1], 1))
+    fits = stride > 0 and height % stride == 0 == width % stride
+    return stride if fits and value.shape[1] == (height // stride) * (width // stride) else None
 
 
 def _lookup(name: str, table: Mapping[str, Tap], inner: Callable[[str], Tap | None] | None) -> Tap | None:

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+GUIDANCE = "guidance"  # key of `TextStates.extras`
+
 
 @dataclass(frozen=True)
 class Tap:
@@ -18,7 +20,8 @@ class Tap:
     module: str  # dotted path inside the denoiser, e.g. `up_blocks.1`
     channels: int  # C of the map
     stride: int  # latent pixels per feature pixel (16x16 latents, stride 4 -> 4x4 map)
-    select: Literal["tensor", "first"] = "tensor"  # a block returns the map, or a tuple that starts with it
+    # A block returns the image stream, or a tuple with it; as a map [B, C, h, w] or as tokens [B, h * w, C] by rows.
+    select: Literal["tensor", "first", "second"] = "tensor"
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class TextStates:
     tokens: Tensor  # [B, L, D] token states: the denoiser's `encoder_hidden_states`
     pooled: Tensor  # [B, P] pooled vector p(y) that `match_score` compares with
     mask: Tensor  # [B, L] bool, True on real tokens (BOS and EOS included), False on padding
-    extras: Mapping[str, Tensor] = field(default_factory=dict)  # further denoiser inputs, each [B, ...]
+    # Further denoiser inputs, each [B, ...]. `guidance` [B] means that the denoiser takes the guidance scale as an
+    # input (or needs none): such a family has no unconditional branch.
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -60,7 +65,7 @@ class Features:
     """Maps read at one or several taps in one pass of the denoiser."""
 
     maps: Mapping[str, Tensor]  # tap name -> [B, C, h, w], float, in the order in which they were asked for
-    timesteps: Tensor  # [B] the scheduler's timesteps, 0..999 for DDPM-style models
+    timesteps: Tensor  # [B] the denoiser's timesteps: 0..999 for DDPM-style models, floats 0..1000 for flow matching
 
     def __len__(self) -> int:
         return self.timesteps.shape[0]

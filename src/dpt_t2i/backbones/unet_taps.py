@@ -7,6 +7,18 @@ from typing import Any
 
 from dpt_t2i.backbones.types import Tap
 
+# Entries of the U-Net's config that decide whether a LoRA or an adapter fits.
+ARCHITECTURE_KEYS = (
+    "in_channels",
+    "block_out_channels",
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "cross_attention_dim",
+    "use_linear_projection",
+)
+
 
 def unet_taps(config: Mapping[str, Any]) -> dict[str, Tap]:
     """`bottom0..`, `mid`, `up0..` of a diffusers `UNet2DConditionModel`, in the order of its forward pass.

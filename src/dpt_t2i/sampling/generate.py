@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpt_t2i.backbones.interface import Backbone
-from dpt_t2i.backbones.types import TextStates
+from dpt_t2i.backbones.types import GUIDANCE, TextStates
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.correct import Scorer
@@ -76,11 +76,14 @@ def generate(
         height, width: pixels; default the model's own.
 
     Raises:
-        InputError: a size that the VAE cannot give, or an image with NaN (names prompt and seed).
+        InputError: a size that the VAE cannot give, a negative prompt where guidance is distilled into the denoiser, or
+            an image with NaN (names prompt and seed).
     """
     shape = latent_shape(backbone, height, width)
     correction = correction or CorrectionConfig()
     negative = backbone.encode_text([settings.negative_prompt])
+    if settings.negative_prompt and GUIDANCE in negative.extras:
+        raise InputError(f"base `{backbone.name}` has no unconditional branch; leave negative_prompt out")
     texts: dict[str, TextStates] = {}
     for start in range(0, len(jobs), settings.batch_size):
         batch = jobs[start : start + settings.batch_size]

@@ -7,18 +7,18 @@ back, so that DDIM and Euler agree on it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpt_t2i.backbones.interface import Backbone
-from dpt_t2i.backbones.types import TextStates
+from dpt_t2i.backbones.types import GUIDANCE, TextStates
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.correct import Scorer, correct
-from dpt_t2i.sampling.schedulers import input_scale, make_scheduler, shift_memory
+from dpt_t2i.sampling.schedulers import initial_scale, input_scale, make_scheduler, model_input, shift_memory
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ def sample(
     """
     if correction.correct > 0 and scorer is None:
         raise InputError("self-correction (`correct` > 0) needs an adapter; give `adapter`, or set `correct` to 0")
-    scheduler = make_scheduler(backbone, settings.scheduler, settings.steps)
-    latents = initial_latents.to(backbone.device, torch.float32) * scheduler.init_noise_sigma
+    height, width = initial_latents.shape[-2:]
+    scheduler = make_scheduler(backbone, settings.scheduler, settings.steps, (height, width))
+    latents = initial_latents.to(backbone.device, torch.float32) * initial_scale(scheduler)
     for index, timestep in enumerate(scheduler.timesteps):
-        z = scheduler.scale_model_input(latents, timestep)
+        z = model_input(scheduler, latents, timestep)
         z_cond, scores = z, None
         if scorer is not None and is_corrected(index, len(scheduler.timesteps), correction):
             z_cond, scores = _corrected(z, timestep, text, scorer, correction)
@@ -106,7 +107,13 @@ def _guided(
     null: TextStates,
     guidance_scale: float,
 ) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans, 2022); at scale 1 the unconditional branch is not computed."""
+    """Classifier-free guidance (Ho and Salimans, 2022); at scale 1 the unconditional branch is not computed.
+
+    Where guidance is distilled into the denoiser, the scale is one of its inputs and there is one branch.
+    """
+    if GUIDANCE in text.extras:
+        text = replace(text, extras={**text.extras, GUIDANCE: torch.full((len(z),), guidance_scale, device=z.device)})
+        return backbone.predict(z_cond, timestep.expand(len(z)), text)[0]
     if guidance_scale == 1:
         return backbone.predict(z_cond, timestep.expand(len(z)), text)[0]
     both = torch.cat([z, z_cond])

@@ -11,9 +11,9 @@ from PIL import Image
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.fingerprint import lora_hash, weights_hash
+from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone
 from dpt_t2i.backbones.lora import load_lora
-from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
 from dpt_t2i.config import GenerateConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of
@@ -25,7 +25,7 @@ from dpt_t2i.sampling.search import best_of
 class T2IModel:
     """Backbone, LoRA (inside the backbone) and adapter, ready to generate and to judge."""
 
-    def __init__(self, backbone: StableDiffusionBackbone, adapter: DiscriminativeAdapter | None = None) -> None:
+    def __init__(self, backbone: Backbone, adapter: DiscriminativeAdapter | None = None) -> None:
         self.backbone = backbone
         self.adapter = adapter
         self.scorer: MatchScorer | None = None
@@ -117,5 +117,5 @@ def load_model(
     return T2IModel(backbone, None if adapter_path is None else _load_adapter(backbone, adapter_path))
 
 
-def _load_adapter(backbone: StableDiffusionBackbone, folder: Path) -> DiscriminativeAdapter:
+def _load_adapter(backbone: Backbone, folder: Path) -> DiscriminativeAdapter:
     return load_adapter(folder, backbone.device, backbone.fingerprint())[0]

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from dpt_t2i.backbones.flow_noising import FLOW
 from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.errors import InputError
+
+FLOW_SAMPLERS = ("ddim", "euler")  # on the straight path of flow matching the two take the very same step
 
 
-def make_scheduler(backbone: Backbone, name: str, steps: int) -> Any:
-    """A fresh scheduler `name` (`ddim`, `euler`, `dpm++`, `unipc`) with its timesteps set, all deterministic."""
+class FlowSchedule(Protocol):
+    """What a flow-matching family has beside `Backbone`."""
+
+    def schedule(self, steps: int, height: int, width: int) -> dict[str, Any]: ...
+
+
+def make_scheduler(backbone: Backbone, name: str, steps: int, latent_size: tuple[int, int] | None = None) -> Any:
+    """A fresh scheduler `name` (`ddim`, `euler`, `dpm++`, `unipc`) with its timesteps set, all deterministic.
+
+    Flow-matching families get `FlowMatchEulerDiscreteScheduler` for `ddim` and `euler`.
+
+    Args:
+        latent_size: (h, w), on which the shift of some flow schedules depends; default the model's own.
+
+    Raises:
+        InputError: the sampler is not for flow matching, and the family is.
+    """
     import diffusers
 
+    if backbone.prediction_type == FLOW:
+        return _flow_scheduler(backbone, name, steps, latent_size)
     classes = {
         "ddim": diffusers.DDIMScheduler,
         "euler": diffusers.EulerDiscreteScheduler,
@@ -28,10 +49,40 @@ def make_scheduler(backbone: Backbone, name: str, steps: int) -> Any:
     return scheduler
 
 
+def _flow_scheduler(backbone: Backbone, name: str, steps: int, latent_size: tuple[int, int] | None) -> Any:
+    import diffusers
+
+    if name not in FLOW_SAMPLERS:
+        known = " or ".join(f"`{sampler}`" for sampler in FLOW_SAMPLERS)
+        raise InputError(
+            f"scheduler `{name}` is not for flow matching, which base `{backbone.name}` uses; give {known}"
+        )
+    height, width = latent_size or [side // backbone.vae_scale for side in backbone.image_size]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+        backbone.pipeline.scheduler.config,
+        stochastic_sampling=False,  # its noise would follow from no image's seed
+    )
+    schedule = cast(FlowSchedule, backbone).schedule(steps, height, width)
+    scheduler.set_timesteps(device=backbone.device, **schedule)
+    return scheduler
+
+
+def initial_scale(scheduler: Any) -> float:
+    """Standard deviation of the latents that sampling starts from: 1 for flow matching."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def model_input(scheduler: Any, latents: Tensor, timestep: Tensor) -> Tensor:
+    """The denoiser's input z_t `[B, C, h, w]` of the sampler's latents; flow matching knows no other scale."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return latents
+    scaled: Tensor = scheduler.scale_model_input(latents, timestep)
+    return scaled
+
+
 def input_scale(scheduler: Any, timestep: Tensor) -> Tensor:
     """[] factor between the sampler's latents and the denoiser's input: 1 for most, 1/sqrt(sigma^2 + 1) for Euler."""
-    one: Tensor = scheduler.scale_model_input(torch.ones((), device=timestep.device), timestep)
-    return one
+    return model_input(scheduler, torch.ones((), device=timestep.device), timestep)
 
 
 def shift_memory(scheduler: Any, shift: Tensor) -> None:

@@ -1,0 +1,158 @@
+"""Stable Diffusion XL behind the door: the contract, the stock pipeline's own numbers, and what only XL has."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPTextModel
+
+from dpt_t2i.backbones.loading import load_backbone
+from dpt_t2i.backbones.lora import save_lora
+from dpt_t2i.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
+from dpt_t2i.config import CorrectionConfig, SampleConfig
+from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.loop import sample
+from dpt_t2i.sampling.noise import initial_noise
+from tests.backbones import contract
+from tests.families import save_sdxl
+
+PROMPTS = ["a red circle", "two blue stars above the green square"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_sdxl(tmp_path_factory.mktemp("xl") / "xl")
+
+
+@pytest.fixture
+def backbone(folder):
+    return load_backbone(folder, device="cpu")
+
+
+@pytest.mark.parametrize("check", contract.CHECKS, ids=contract.name_of)
+def test_contract(check, folder):
+    check(load_backbone(folder, device="cpu"))
+
+
+@pytest.mark.slow
+def test_compiled(backbone):
+    contract.compiled_gives_the_same_features(backbone)
+
+
+def test_widths_and_taps_are_those_of_the_config(backbone):
+    assert (backbone.latent_channels, backbone.vae_scale, backbone.image_size) == (4, 4, (32, 32))
+    assert (backbone.text_dim, backbone.pooled_dim) == (16 + 24, 20)
+    table = {name: (tap.channels, tap.stride) for name, tap in backbone.taps.items()}
+    assert table == {
+        "bottom0": (8, 2), "bottom1": (16, 4), "bottom2": (24, 4), "mid": (24, 4),
+        "up0": (24, 2), "up1": (16, 1), "up2": (8, 1),
+    }  # fmt: skip
+
+
+def test_texts_are_what_the_pipeline_feeds(backbone):
+    tokens, negative, pooled, negative_pooled = backbone.pipeline.encode_prompt(PROMPTS, device="cpu")
+    ours, null = backbone.encode_text(PROMPTS), backbone.null_text(2)
+    assert torch.equal(ours.tokens, tokens)
+    torch.testing.assert_close(ours.pooled, pooled)
+    assert torch.equal(ours.extras["text_embeds"], pooled)
+    assert torch.equal(null.tokens, negative) and not negative.any()
+    assert torch.equal(null.extras["text_embeds"], negative_pooled)
+
+
+def test_without_the_zeros_the_null_text_is_the_encoded_empty_prompt(tmp_path):
+    backbone = load_backbone(save_sdxl(tmp_path, force_zeros_for_empty_prompt=False), device="cpu")
+    tokens, _, pooled, _ = backbone.pipeline.encode_prompt([""], device="cpu")
+    null = backbone.null_text(1)
+    torch.testing.assert_close(null.tokens, tokens)
+    torch.testing.assert_close(null.pooled, pooled)
+
+
+def test_pooling_does_not_trust_the_text_config(backbone):
+    expected = backbone.encode_text(PROMPTS).pooled
+    encoder = backbone.pipeline.text_encoder_2
+    for part in (encoder, *encoder.modules()):
+        if hasattr(part, "eos_token_id"):
+            part.eos_token_id = 0
+    assert torch.equal(backbone.encode_text(PROMPTS).pooled, expected)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler"])
+def test_uncorrected_images_are_those_of_the_stock_pipeline(backbone, name):
+    """Both guidance branches get their own pooled vector and the sizes of the image, here no square."""
+    import diffusers
+
+    scheduler = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}[name]
+    noise = torch.stack([initial_noise(seed, (4, 8, 16)) for seed in (0, 1)])
+    settings = SampleConfig(steps=4, guidance_scale=5.0, scheduler=name)
+    text, null = backbone.encode_text(PROMPTS), backbone.null_text(2)
+    ours = sample(backbone, text, null, noise, settings, CorrectionConfig())
+    pipeline = backbone.pipeline
+    latent = {"clip_sample": False} if name == "ddim" else {}  # z_0 is no pixel: ours never clips it
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **latent)
+    theirs = pipeline(
+        PROMPTS, num_inference_steps=4, guidance_scale=5.0, latents=noise, output_type="latent", height=32, width=64
+    ).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_pipeline_itself_reads_the_lora_file(backbone, folder, tmp_path):
+    contract.trained_lora(backbone, rank=2, alpha=3.0)
+    save_lora(backbone, tmp_path, {})
+    stock = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    plain = contract.stock_latents(stock)
+    stock.load_lora_weights(tmp_path)
+    tuned = contract.stock_latents(stock)
+    assert not torch.allclose(plain, tuned, atol=1e-3)
+    torch.testing.assert_close(tuned, contract.stock_latents(backbone.pipeline), rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_leaves_the_vae_in_float32(folder):
+    backbone = load_backbone(folder, device="cpu", dtype="float16")
+    assert backbone.dtype == torch.float16
+    assert backbone.pipeline.vae.dtype == torch.float32  # its config says force_upcast
+
+
+def test_a_second_encoder_without_projection_is_one_clear_error(folder):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.text_encoder_2 = CLIPTextModel(pipeline.text_encoder_2.config)
+    with pytest.raises(InputError, match="base `b`: text_encoder_2 .CLIPTextModel. gives no pooled vector"):
+        StableDiffusionXLBackbone(pipeline, "b")
+
+
+def test_other_size_conditions_are_one_clear_error(folder):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.unet.register_to_config(projection_class_embeddings_input_dim=20 + 5 * 8)  # the refiner takes five
+    with pytest.raises(InputError, match="base `b`.*no refiner"):
+        StableDiffusionXLBackbone(pipeline, "b")
+
+
+def test_a_missing_file_of_the_second_encoder_is_named(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "text_encoder_2" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="text_encoder_2 holds no weights"):
+        load_backbone(copy, device="cpu")
+    shutil.copy(folder / "text_encoder_2" / "model.safetensors", copy / "text_encoder_2")
+    (copy / "tokenizer_2" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="tokenizer_2/vocab.json is missing"):
+        load_backbone(copy, device="cpu")
+
+
+def test_a_fine_tune_that_normalises_its_latents_is_followed(folder, tmp_path):
+    """As Playground 2.5: per-channel mean and deviation in the VAE's config, undone as the pipeline undoes them."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "vae" / "config.json").read_text())
+    config |= {"latents_mean": [-1.0, 0.5, 0.0, 2.0], "latents_std": [8.0, 4.0, 2.0, 1.0], "scaling_factor": 0.5}
+    (copy / "vae" / "config.json").write_text(json.dumps(config))
+    backbone = load_backbone(copy, device="cpu")
+    vae = backbone.pipeline.vae
+    with torch.no_grad():
+        latents = torch.randn(1, 4, 8, 8)
+        theirs = vae.decode(latents * torch.tensor([16.0, 8, 4, 2])[:, None, None] + torch.tensor(
+            [-1.0, 0.5, 0, 2])[:, None, None]).sample  # fmt: skip
+        torch.testing.assert_close(backbone.decode_image(latents), theirs)
+        pixels = torch.rand(1, 3, 32, 32)
+        raw = vae.encode(pixels).latent_dist.mean
+        torch.testing.assert_close(backbone.encode_image(pixels)[:, 0], (raw[:, 0] + 1.0) / 16.0)
