@@ -114,7 +114,6 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
                 job.output_dir, done, parameters, optimizer, job.save_artifacts, extra, settings.checkpoints_total_limit
             )
     progress.close()
-    accelerator.end_training()
     return figures
 
 
@@ -127,6 +126,8 @@ def _identity(job: Job, accelerator: Accelerator) -> dict[str, Any]:
         "seed": job.seed,
         "data_seed": job.data.data_seed,
         "records": len(job.examples.records),
+        "center_crop": job.examples.center_crop,
+        "random_flip": job.examples.random_flip,
     }
 
 
