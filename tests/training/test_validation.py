@@ -43,13 +43,15 @@ def test_figures_by_hand_and_the_denoisers_mode(model, records, monkeypatch, tra
     backbone, adapter, taps = model
     seen = []
 
-    def scores(scorer, examples, timesteps):
-        seen.append((len(examples), list(timesteps), backbone.denoiser.training, adapter.training))
+    def scores(scorer, examples, timesteps, batch_size, first):
+        assert (batch_size, first) == (16, 0)
+        seen.append((len(list(examples)), list(timesteps), backbone.denoiser.training, adapter.training))
         pairs = [(0.1, 0.4), (0.1, 0.3), (0.3, 0.2)]  # (wrong text, wrong image) beside 0.25 for the true pair
         return [ItmScores(str(i), "r", 500, 0.25, text, image) for i, (text, image) in enumerate(pairs)]
 
-    def ranks(scorer, examples, timesteps):
-        seen.append((len(examples), list(timesteps), backbone.denoiser.training, adapter.training))
+    def ranks(scorer, examples, timesteps, batch_size, first):
+        assert (batch_size, first) == (16, 0)
+        seen.append((len(list(examples)), list(timesteps), backbone.denoiser.training, adapter.training))
         return [RecRanks(str(i), 500, rank, None) for i, rank in enumerate([0, 4, 9, 10, None])]
 
     monkeypatch.setattr(validation, "itm_scores", scores)

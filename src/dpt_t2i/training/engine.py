@@ -196,11 +196,19 @@ def _windows(job: Job, accelerator: Accelerator, first: int) -> Iterator[list[tu
         window: list[tuple[Encoded, Draw]] = []
         draws: list[Draw] = []
         for micro in range(accumulation):
-            batch = next(stream)
+            batch = _next(stream)
             encoded = job.encoder(batch if job.refresh is None else job.refresh(step, batch))
             draws = draws or _draws(job, step, accumulation * world, len(encoded), encoded.latents)
             window.append((encoded, draws[micro * world + rank]))
         yield window
+
+
+def _next(stream: Iterator[Batch]) -> Batch:
+    """The next batch; bad input met in a loader process comes back inside that process's traceback."""
+    try:
+        return next(stream)
+    except InputError as error:
+        raise InputError(str(error).rpartition("InputError: ")[2]) from error
 
 
 def _draws(job: Job, step: int, parts: int, count: int, like: Tensor) -> list[Draw]:
