@@ -123,7 +123,7 @@ def _prepare_denoiser(backbone: Backbone, settings: TrainConfig, accelerator: Ac
     if settings.gradient_checkpointing:
         backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # of every diffusers model
     if settings.enable_xformers_memory_efficient_attention and accelerator.is_main_process:
-        log.info("attention runs in PyTorch's fused kernels (SDPA), which need no more memory; xformers is not used")
+        log.info("attention runs in PyTorch's own fused kernels (SDPA); xformers is not used")
 
 
 def _check_timesteps(backbone: Backbone, settings: TrainConfig) -> None:
