@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+CPU = ["--device", "cpu"]
 TINY = (  # sizes for a CPU's seconds; dropout 0, because its masks are each process's own
-    "--resolution 32 --hidden_dim 16 --num_heads 2 --dim_feedforward 16 --num_queries_matching 2 --num_queries_rec 3 "
-    "--dropout 0 --val_samples 5 --max_samples 50"
+    "--device cpu --resolution 32 --hidden_dim 16 --num_heads 2 --dim_feedforward 16 --num_queries_matching 2 "
+    "--num_queries_rec 3 --dropout 0 --val_samples 5 --max_samples 50"
 ).split()
 
 
@@ -21,7 +22,10 @@ def dpt(*arguments: str | Path, processes: int = 0, expect: int | None = 0) -> s
         processes: 0 = without a launcher.
         expect: exit code that the test asks for; None = any but 0 (a launcher has its own).
     """
-    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+    # `--cpu` starts one process whatever the number says (more would need MPI); `--multi_gpu` starts any number, and
+    # `--device cpu` keeps them off a GPU that may be there.
+    kind = ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    launcher = ["accelerate.commands.launch", *kind, "--num_processes", str(processes), "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
     command = [sys.executable, "-m", *(launcher if processes else []), "dpt_t2i", *map(str, arguments)]
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])

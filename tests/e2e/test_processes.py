@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dpt_t2i.data.examples import _order
 from dpt_t2i.scenes.commands import export_scenes
-from tests.e2e.launching import TINY, dpt, error_lines, files_of
+from tests.e2e.launching import CPU, TINY, dpt, error_lines, files_of
 from tests.tiny import tiny_pipeline
 
 pytestmark = pytest.mark.slow
@@ -102,7 +102,7 @@ def test_generation_is_the_same_and_goes_on_image_by_image(
 ) -> None:
     prompts = [word for text in ("a red circle", "two blue stars", "a square") for word in ("--prompt", text)]
     common = ["--pretrained_model_name_or_path", base, "--adapter", probed[0], *prompts, "--seeds", "0-1"]
-    common += ["--steps", "2", "--correct", "0.5"]
+    common += ["--steps", "2", "--correct", "0.5", *CPU]
     dpt("generate", *common, "--output_dir", tmp_path / "one")
     done = dpt("generate", *common, "--output_dir", tmp_path / "two", processes=2)
     assert done.stdout.count("output: ") == 1
@@ -133,7 +133,7 @@ def test_generation_is_the_same_and_goes_on_image_by_image(
 @pytest.mark.parametrize("kind", ["itm", "rec"])
 def test_evaluation_is_the_same(base: str, probed: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
     common = ["--pretrained_model_name_or_path", base, "--adapter", probed[0], "--resolution", "32"]
-    common += ["--val_samples", "5", "--timesteps", "500"]
+    common += ["--val_samples", "5", "--timesteps", "500", *CPU]
     dpt("evaluate", kind, *common, "--output_dir", tmp_path / "one")
     dpt("evaluate", kind, *common, "--output_dir", tmp_path / "two", processes=2)
     name = {"itm": "itm_scores.jsonl", "rec": "rec_ranks.jsonl"}[kind]

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
 from PIL import Image
 
 from dpt_t2i.config import GenerateConfig
 from dpt_t2i.evaluation.arm_images import borrow_images, make_images
 from dpt_t2i.sampling.generate import Generated, Job
+from dpt_t2i.sampling.shares import processes
 
 JOBS = [Job(prompt, f"prompt {prompt}", seed, seed) for prompt in range(3) for seed in (0, 1)]
 
@@ -37,8 +37,10 @@ class Painter:
 
 
 def paint(folder: Path) -> None:
-    rows = make_images(folder, JOBS, Painter(), GenerateConfig(), "base", PartialState())  # type: ignore[arg-type]
-    assert len(rows) == (6 if PartialState().is_main_process else 0)
+    state = processes("cpu")
+    assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
+    rows = make_images(folder, JOBS, Painter(), GenerateConfig(), "base", state)  # type: ignore[arg-type]
+    assert len(rows) == (6 if state.is_main_process else 0)
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def test_under_accelerate_launch(tmp_path: Path) -> None:
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--cpu",
+        "--multi_gpu",  # `--cpu` would start one process
         "--num_processes",
         "2",
         "--num_machines",
