@@ -20,7 +20,7 @@ def test_the_first_to_fail_speaks_whichever_it_is(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["probe", "--nope"]) == 2
-    assert capsys.readouterr().err.startswith("error: unknown option `--nope`")
+    assert capsys.readouterr().err.startswith("\nerror: unknown option `--nope`"), "not behind a progress bar"
     monkeypatch.setenv("RANK", "0")
     assert cli.main(["probe", "--nope"]) == 2
     assert capsys.readouterr().err == ""

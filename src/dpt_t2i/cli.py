@@ -233,13 +233,18 @@ def _plain(value: Any) -> Any:
 
 def _refuse(message: str) -> int:
     if _is_first_to_fail():
-        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        beside_a_bar = "\n" if _world_size() > 1 else ""  # another process may be in the middle of its progress bar
+        typer.echo(f"{beside_a_bar}error: {' '.join(message.split())}", err=True)
     return 2
 
 
 def _is_first_process() -> bool:
     """Under a launcher the first process alone tells how it goes."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_first_to_fail() -> bool:
@@ -249,7 +254,7 @@ def _is_first_to_fail() -> bool:
     complaints would bury the cause. The processes of a machine share the launcher as parent: who first makes the
     file that is named by it speaks.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _world_size() == 1:
         return True
     import psutil
 

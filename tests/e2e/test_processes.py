@@ -1,21 +1,24 @@
 """One process or two: the same training, the same images, the same figures, and one voice."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dpt_t2i.data.examples import _order
 from dpt_t2i.scenes.commands import export_scenes
-from tests.e2e.launching import CPU, TINY, dpt, error_lines, files_of
+from tests.e2e.launching import CPU, TINY, dpt, error_lines, files_of, launch, launch_all
 from tests.tiny import tiny_pipeline
 
 pytestmark = pytest.mark.slow
 RATE = 1e-3
+LOST = {"00000_1.png", "00002_0.png"}
 TRAIN = [*TINY, "--max_train_steps", "3", "--learning_rate", str(RATE), "--gradient_accumulation_steps", "2"]
 
 
@@ -32,7 +35,7 @@ def probed(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     folder = tmp_path_factory.mktemp("probe")
     model = ["--pretrained_model_name_or_path", base]
     dpt("probe", *model, *TRAIN, "--train_batch_size", "4", "--output_dir", folder / "one")
-    dpt("probe", *model, *TRAIN, "--train_batch_size", "2", "--output_dir", folder / "two", processes=2)
+    launch("probe", *model, *TRAIN, "--train_batch_size", "2", "--output_dir", folder / "two", processes=2)
     return folder / "one", folder / "two"
 
 
@@ -63,7 +66,7 @@ def test_probing_is_the_same(probed: tuple[Path, Path]) -> None:
 def test_tuning_is_the_same(base: str, probed: tuple[Path, Path], tmp_path: Path) -> None:
     common = ["--pretrained_model_name_or_path", base, *TRAIN, "--gradient_checkpointing", "--qformer_ckpt", probed[0]]
     dpt("tune", *common, "--train_batch_size", "4", "--output_dir", tmp_path / "one")
-    dpt("tune", *common, "--train_batch_size", "2", "--output_dir", tmp_path / "two", processes=2)
+    launch("tune", *common, "--train_batch_size", "2", "--output_dir", tmp_path / "two", processes=2)
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert all("loss_mse" in row for row in metrics(tmp_path / "one"))
 
@@ -78,7 +81,7 @@ def test_a_failure_of_one_process_ends_all_with_one_line(base: str, tmp_path: Pa
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     start = time.monotonic()
     common = ["--pretrained_model_name_or_path", base, *TINY, "--dataset", data, "--dataloader_num_workers", "1"]
-    done = dpt("probe", *common, "--train_batch_size", "1", "--output_dir", tmp_path, processes=2, expect=None)
+    done = launch("probe", *common, "--train_batch_size", "1", "--output_dir", tmp_path, processes=2, expect=None)
     assert time.monotonic() - start < 600, "the other process does not wait for the lost one"
     (line,) = error_lines(done)
     assert line.startswith(f"error: cannot read image {broken}: ") and line.endswith("replace or remove the file")
@@ -86,60 +89,68 @@ def test_a_failure_of_one_process_ends_all_with_one_line(base: str, tmp_path: Pa
 
 
 def test_bad_input_that_all_meet_is_told_once(tmp_path: Path) -> None:
-    done = dpt("probe", "--lerning_rate=1", processes=2, expect=None)
+    done = launch("probe", "--lerning_rate=1", processes=2, expect=None)
     assert error_lines(done) == ["error: unknown option `--lerning_rate`; did you mean `--learning_rate`?"]
 
 
-def pictures(folder: Path) -> dict[str, torch.Tensor]:
-    import numpy as np
-    from PIL import Image
-
-    return {p.name: torch.from_numpy(np.array(Image.open(p)).astype("int16")) for p in (folder / "images").iterdir()}
-
-
-def test_generation_is_the_same_and_goes_on_image_by_image(
-    base: str, probed: tuple[Path, Path], tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def made(base: str, probed: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`one/`, `two/` by one and two processes; `resumed/` by two where four of six images of `one` were there."""
+    folder = tmp_path_factory.mktemp("made")
+    model = ["--pretrained_model_name_or_path", base, "--adapter", probed[0], *CPU]
     prompts = [word for text in ("a red circle", "two blue stars", "a square") for word in ("--prompt", text)]
-    common = ["--pretrained_model_name_or_path", base, "--adapter", probed[0], *prompts, "--seeds", "0-1"]
-    common += ["--steps", "2", "--correct", "0.5", *CPU]
-    dpt("generate", *common, "--output_dir", tmp_path / "one")
-    done = dpt("generate", *common, "--output_dir", tmp_path / "two", processes=2)
-    assert done.stdout.count("output: ") == 1
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
-    want, got = pictures(tmp_path / "one"), pictures(tmp_path / "two")
+    images = ["generate", *model, *prompts, "--seeds", "0-1", "--steps", "2", "--correct", "0.5"]
+    figures = [*model, "--resolution", "32", "--val_samples", "5", "--timesteps", "500"]
+
+    def commands(name: str) -> list[list[str | Path]]:
+        return [
+            [*images, "--output_dir", folder / name],
+            *(["evaluate", kind, *figures, "--output_dir", folder / name / kind] for kind in ("itm", "rec")),
+        ]
+
+    for command in commands("one"):
+        dpt(*command)
+    shutil.copytree(folder / "one" / "images", folder / "resumed" / "images")
+    for lost in LOST:
+        (folder / "resumed" / "images" / lost).unlink()
+    resume = [*images, "--output_dir", folder / "resumed"]
+    launch_all([*commands("two"), resume], processes=2, script=folder / "commands.py")
+    return folder
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    return {p.name: np.asarray(Image.open(p)).astype(int) for p in (folder / "images").iterdir()}
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_two_processes_make_the_images_that_one_makes(made: Path) -> None:
+    assert files_of(made / "one") == files_of(made / "two")
+    want, got = pictures(made / "one"), pictures(made / "two")
     assert len(want) == 6 and want.keys() == got.keys()
-    assert all((want[name] - got[name]).abs().max() <= 1 for name in want), "batches differ: the last bit may"
-    rows = [
-        [json.loads(line) for line in (tmp_path / name / "manifest.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert [row["file"] for row in rows[1]] == [f"images/{p:05d}_{s}.png" for p in range(3) for s in (0, 1)]
-    for mine, theirs in zip(*rows, strict=True):
-        assert mine.pop("score") == pytest.approx(theirs.pop("score"), abs=1e-4)
-        assert mine == theirs
-
-    lost = [tmp_path / "two" / rows[1][index]["file"] for index in (1, 4)]
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "two" / "images").iterdir() if path not in lost}
-    for path in lost:
-        path.unlink()
-    dpt("generate", *common, "--output_dir", tmp_path / "two", processes=2)
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    again = pictures(tmp_path / "two")
-    assert all((want[path.name] - again[path.name]).abs().max() <= 1 for path in lost)
-    assert len((tmp_path / "two" / "manifest.jsonl").read_text().splitlines()) == 6
+    assert all(np.abs(want[name] - got[name]).max() <= 1 for name in want), "batches differ: the last bit may"
+    mine, theirs = (rows_of(made / name / "manifest.jsonl") for name in ("one", "two"))
+    assert [row["file"] for row in theirs] == [f"images/{p:05d}_{s}.png" for p in range(3) for s in (0, 1)]
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.pop("score") == pytest.approx(b.pop("score"), abs=1e-4)
+        assert a == b
 
 
-@pytest.mark.parametrize("kind", ["itm", "rec"])
-def test_evaluation_is_the_same(base: str, probed: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
-    common = ["--pretrained_model_name_or_path", base, "--adapter", probed[0], "--resolution", "32"]
-    common += ["--val_samples", "5", "--timesteps", "500", *CPU]
-    dpt("evaluate", kind, *common, "--output_dir", tmp_path / "one")
-    dpt("evaluate", kind, *common, "--output_dir", tmp_path / "two", processes=2)
-    name = {"itm": "itm_scores.jsonl", "rec": "rec_ranks.jsonl"}[kind]
-    want, got = (
-        [json.loads(line) for line in (tmp_path / part / name).read_text().splitlines()] for part in ("one", "two")
-    )
-    assert len(want) == 5 and files_of(tmp_path / "one") == files_of(tmp_path / "two")
+def test_two_processes_go_on_image_by_image(made: Path) -> None:
+    want, got = pictures(made / "one"), pictures(made / "resumed")
+    assert want.keys() == got.keys()
+    assert all(np.abs(want[name] - got[name]).max() <= 1 for name in want)
+    begun = (made / "commands.py").stat().st_mtime
+    fresh = {path.name for path in (made / "resumed" / "images").iterdir() if path.stat().st_mtime > begun}
+    assert fresh == LOST, "what was there is kept"
+    assert len(rows_of(made / "resumed" / "manifest.jsonl")) == 6
+
+
+@pytest.mark.parametrize("file", ["itm/itm_scores.jsonl", "rec/rec_ranks.jsonl"])
+def test_two_processes_measure_what_one_measures(made: Path, file: str) -> None:
+    want, got = (rows_of(made / name / file) for name in ("one", "two"))
+    assert len(want) == 5
     for mine, theirs in zip(want, got, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-4)

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dpt_t2i import cli
-from tests.e2e.launching import TINY, dpt, files_of
+from tests.e2e.launching import TINY, dpt, files_of, launch
 from tests.tiny import tiny_pipeline
 
 STAGE1 = r"""
@@ -126,7 +126,7 @@ def test_text_to_image_reads_each_flag(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_stage_one_runs_under_the_launcher(base: str, tmp_path: Path) -> None:
     """The line as it stands, then only what makes it short: no flag of it is left out."""
     short = ["--max_train_steps=1", "--train_batch_size=4", "--val_samples=4", "--output_dir", str(tmp_path)]
-    done = dpt("probe", *flags(STAGE1, MODEL_NAME=base), *TINY, *short, processes=1)
+    done = launch("probe", *flags(STAGE1, MODEL_NAME=base), *TINY, *short, processes=1)
     run = tmp_path / "dpt_stage1"
     assert f"output: {run}" in done.stdout
     assert "xformers is not used" in done.stderr
@@ -137,9 +137,9 @@ def test_stage_one_runs_under_the_launcher(base: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_both_stages_run_on_two_processes(base: str, tmp_path: Path) -> None:
     short = ["--max_train_steps=2", "--train_batch_size=4", "--output_dir", str(tmp_path)]
-    dpt("probe", *flags(STAGE1, MODEL_NAME=base), *TINY, *short, processes=2)
+    launch("probe", *flags(STAGE1, MODEL_NAME=base), *TINY, *short, processes=2)
     stage1 = tmp_path / "dpt_stage1"
-    done = dpt("tune", *flags(STAGE2, MODEL_NAME=base, CKPT_STAGE1=str(stage1)), *TINY, *short, processes=2)
+    done = launch("tune", *flags(STAGE2, MODEL_NAME=base, CKPT_STAGE1=str(stage1)), *TINY, *short, processes=2)
     stage2 = tmp_path / "dpt_stage2"
     assert done.stdout.count("output: ") == 1, "the first process alone speaks"
     rows = [json.loads(line) for line in (stage2 / "metrics.jsonl").read_text().splitlines()]
