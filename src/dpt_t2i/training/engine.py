@@ -110,19 +110,21 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
                 metrics.write(done, "val", figures)
                 clock, since = time.perf_counter(), done
             if (last or done % settings.checkpointing_steps == 0) and accelerator.is_main_process:
-                extra = identity | {
-                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-                }
-                write_checkpoint(
-                    job.output_dir,
-                    done,
-                    parameters,
-                    optimizer,
-                    job.save_artifacts,
-                    extra,
-                    settings.checkpoints_total_limit,
-                )
+                _save(job, accelerator, done, parameters, optimizer, identity)
     return figures
+
+
+def _save(
+    job: Job,
+    accelerator: Accelerator,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+) -> None:
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    extra, keep = {**identity, "scaler": scaler}, job.train.checkpoints_total_limit
+    write_checkpoint(job.output_dir, step, parameters, optimizer, job.save_artifacts, extra, keep)
 
 
 def _identity(job: Job, accelerator: Accelerator) -> dict[str, Any]:
