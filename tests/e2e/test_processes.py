@@ -30,13 +30,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def probed(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Stage 1 on one process with twice the batch, and on two."""
-    folder = tmp_path_factory.mktemp("probe")
-    model = ["--pretrained_model_name_or_path", base]
-    dpt("probe", *model, *TRAIN, "--train_batch_size", "4", "--output_dir", folder / "one")
-    launch("probe", *model, *TRAIN, "--train_batch_size", "2", "--output_dir", folder / "two", processes=2)
-    return folder / "one", folder / "two"
+def probed(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stage 1 on one process, with twice the batch of the two."""
+    folder = tmp_path_factory.mktemp("probe") / "one"
+    dpt("probe", "--pretrained_model_name_or_path", base, *TRAIN, "--train_batch_size", "4", "--output_dir", folder)
+    return folder
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -44,11 +42,19 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "images_per_s"} for row in rows]
 
 
+def assert_alike(mine: dict[str, Any], theirs: dict[str, Any], **tolerance: float) -> None:
+    """Words and counts are equal, measured numbers nearly so."""
+    measured = {key for key, value in mine.items() if isinstance(value, float)}
+    assert {key: mine[key] for key in mine.keys() - measured} == {key: theirs[key] for key in theirs.keys() - measured}
+    for key in measured:
+        assert mine[key] == pytest.approx(theirs[key], **tolerance), key
+
+
 def assert_same_run(one: Path, two: Path) -> None:
     """Same files, figures and weights, up to the order in which numbers are added."""
     assert files_of(one) == files_of(two)
     for mine, theirs in zip(metrics(one), metrics(two), strict=True):
-        assert mine == pytest.approx(theirs, rel=2e-3, abs=1e-5)
+        assert_alike(mine, theirs, rel=2e-3, abs=1e-5)
     for file in one.rglob("*.safetensors"):
         if file.name == "optimizer.safetensors":
             continue
@@ -59,12 +65,14 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert max(far.values()) < 0.1 * RATE, max(far, key=lambda name: far[name])
 
 
-def test_probing_is_the_same(probed: tuple[Path, Path]) -> None:
-    assert_same_run(*probed)
+def test_probing_is_the_same(base: str, probed: Path, tmp_path: Path) -> None:
+    model = ["--pretrained_model_name_or_path", base]
+    launch("probe", *model, *TRAIN, "--train_batch_size", "2", "--output_dir", tmp_path, processes=2)
+    assert_same_run(probed, tmp_path)
 
 
-def test_tuning_is_the_same(base: str, probed: tuple[Path, Path], tmp_path: Path) -> None:
-    common = ["--pretrained_model_name_or_path", base, *TRAIN, "--gradient_checkpointing", "--qformer_ckpt", probed[0]]
+def test_tuning_is_the_same(base: str, probed: Path, tmp_path: Path) -> None:
+    common = ["--pretrained_model_name_or_path", base, *TRAIN, "--gradient_checkpointing", "--qformer_ckpt", probed]
     dpt("tune", *common, "--train_batch_size", "4", "--output_dir", tmp_path / "one")
     launch("tune", *common, "--train_batch_size", "2", "--output_dir", tmp_path / "two", processes=2)
     assert_same_run(tmp_path / "one", tmp_path / "two")
@@ -94,10 +102,10 @@ def test_bad_input_that_all_meet_is_told_once(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(base: str, probed: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(base: str, probed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`one/`, `two/` by one and two processes; `resumed/` by two where four of six images of `one` were there."""
     folder = tmp_path_factory.mktemp("made")
-    model = ["--pretrained_model_name_or_path", base, "--adapter", probed[0], *CPU]
+    model = ["--pretrained_model_name_or_path", base, "--adapter", probed, *CPU]
     prompts = [word for text in ("a red circle", "two blue stars", "a square") for word in ("--prompt", text)]
     images = ["generate", *model, *prompts, "--seeds", "0-1", "--steps", "2", "--correct", "0.5"]
     figures = [*model, "--resolution", "32", "--val_samples", "5", "--timesteps", "500"]
@@ -153,4 +161,4 @@ def test_two_processes_measure_what_one_measures(made: Path, file: str) -> None:
     want, got = (rows_of(made / name / file) for name in ("one", "two"))
     assert len(want) == 5
     for mine, theirs in zip(want, got, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-4)
+        assert_alike(mine, theirs, abs=1e-4)
