@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except Exception:
-        traceback.print_exc()
+        if _is_first_to_fail():
+            traceback.print_exc()
         return 1
     return code if isinstance(code, int) else 0
 
@@ -76,9 +78,8 @@ def command(
         flags = dict(_given(config_class, values))
         overrides = dict(_parse_override(config_class, text) for text in values["overrides"] or ())
         config = build_config(config_class, values["config"], overrides | flags)
-        _perform(
-            run, (config,), {key: values[key] for key in extra}, values["json"], getattr(config, "output_dir", None)
-        )
+        folder = getattr(config, "folder", None) or getattr(config, "output_dir", None)
+        _perform(run, (config,), {key: values[key] for key in extra}, values["json"], folder)
 
     call.__signature__ = inspect.Signature(list(_parameters(config_class, extra)))  # type: ignore[attr-defined]
     summary = inspect.getdoc(config_class) or ""
@@ -159,7 +160,10 @@ def _perform(
 ) -> None:
     """Import `module:function`, call it, show what it returns."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("dpt_t2i").setLevel(logging.INFO)
+    if _is_first_process():
+        logging.getLogger("dpt_t2i").setLevel(logging.INFO)
+    else:
+        logging.getLogger().setLevel(logging.ERROR)
     module, _, function = run.partition(":")
     work: Callable[..., dict[str, Any]] = getattr(import_module(module), function)
     try:
@@ -172,7 +176,7 @@ def _perform(
         if not _is_unwritable(error, output_dir):
             raise
         raise InputError(f"cannot write {error.filename or output_dir}: {error.strerror}") from error
-    if os.environ.get("RANK", "0") != "0":  # under a launcher, the first process alone speaks
+    if not _is_first_process():
         return
     if as_json:
         typer.echo(json.dumps(_plain(result), allow_nan=False))
@@ -228,8 +232,41 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse(message: str) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    if _is_first_to_fail():
+        beside_a_bar = "\n" if _world_size() > 1 else ""  # another process may be in the middle of its progress bar
+        typer.echo(f"{beside_a_bar}error: {' '.join(message.split())}", err=True)
     return 2
+
+
+def _is_first_process() -> bool:
+    """Under a launcher the first process alone tells how it goes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_first_to_fail() -> bool:
+    """Whether this process should say why the run ends: alone always, under a launcher only the first to fail.
+
+    One failure takes the others with it (all met the same bad input, or lose the connection to the first), and their
+    complaints would bury the cause. The processes of a machine share the launcher as parent: who first makes the
+    file that is named by it speaks.
+    """
+    if _world_size() == 1:
+        return True
+    import psutil
+
+    parent = os.getppid()
+    mark = Path(tempfile.gettempdir()) / f"dpt-failed-{parent}-{psutil.Process(parent).create_time():.2f}"
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # nowhere to leave a mark: rather say it twice
+        return True
+    return True
 
 
 def _usage_message(error: typer.TyperException) -> str:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
 from PIL import Image
 
 from dpt_t2i.config import GenerateConfig
 from dpt_t2i.evaluation.arm_images import borrow_images, make_images
 from dpt_t2i.sampling.generate import Generated, Job
+from dpt_t2i.sampling.shares import processes
 
 JOBS = [Job(prompt, f"prompt {prompt}", seed, seed) for prompt in range(3) for seed in (0, 1)]
 
@@ -37,8 +37,10 @@ class Painter:
 
 
 def paint(folder: Path) -> None:
-    rows = make_images(folder, JOBS, Painter(), GenerateConfig(), "base", PartialState())  # type: ignore[arg-type]
-    assert len(rows) == (6 if PartialState().is_main_process else 0)
+    state = processes("cpu")
+    assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
+    rows = make_images(folder, JOBS, Painter(), GenerateConfig(), "base", state)  # type: ignore[arg-type]
+    assert len(rows) == (6 if state.is_main_process else 0)
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def test_each_process_makes_its_part_and_the_main_one_describes_all(tmp_path: Pa
     for rank, painter in painters.items():
         state = Half(rank)
         rows = make_images(tmp_path / "two", JOBS, painter, GenerateConfig(), "base", state)  # type: ignore[arg-type]
-        assert len(rows) == (0 if rank else 6) and state.waited == 1
+        assert len(rows) == (0 if rank else 6) and state.waited == 2
     assert [painter.made for painter in painters.values()] == [3, 3]
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert {path.name for path in (tmp_path / "two").iterdir()} == {"images", "manifest.jsonl", "contact_sheet.png"}
@@ -77,7 +79,7 @@ def test_each_process_makes_its_part_and_the_main_one_describes_all(tmp_path: Pa
 def test_a_process_without_work_waits_too(tmp_path: Path) -> None:
     state = Half(1)
     assert make_images(tmp_path, JOBS[:1], Painter(), GenerateConfig(), "base", state) == []  # type: ignore[arg-type]
-    assert state.waited == 1
+    assert state.waited == 2, "once before anybody writes, once for the last image"
 
 
 @pytest.mark.slow
@@ -94,7 +96,7 @@ def test_under_accelerate_launch(tmp_path: Path) -> None:
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--cpu",
+        "--multi_gpu",  # `--cpu` would start one process
         "--num_processes",
         "2",
         "--num_machines",

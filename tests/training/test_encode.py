@@ -137,3 +137,12 @@ def test_truncation_is_told_once(backbone, batch, caplog):
 
 def test_nothing_asks_for_a_gradient(backbone, encoded):
     assert not encoded.latents.requires_grad and not encoded.text.tokens.requires_grad
+
+
+def test_the_vae_sees_a_few_images_at_a_time(backbone, batch, encoded, monkeypatch):
+    sizes = []
+    real = backbone.encode_image
+    monkeypatch.setattr(backbone, "encode_image", lambda images: sizes.append(len(images)) or real(images))
+    found = Encoder(backbone, K, None, vae_batch_size=4)(batch)
+    assert sizes == [4, 4, 1]
+    torch.testing.assert_close(found.latents, encoded.latents)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 
 from dpt_t2i.adapter.io import load_adapter
@@ -87,6 +88,9 @@ def test_control_arm_trains_only_the_lora(tune_config, base):
     lora = load_file(config.output_dir / "pytorch_lora_weights.safetensors")
     assert all(value.abs().max() > 0 for value in lora.values())
     assert not (config.output_dir / "adapter").exists()
+    held_out = [row for row in read_metrics(config.output_dir / "metrics.jsonl") if row["split"] == "val"]
+    assert [set(row) for row in held_out] == [{"step", "split", "loss_mse"}] * 2
+    assert held_out[0]["loss_mse"] != held_out[1]["loss_mse"]
     assert load_backbone(base, device="cpu").fingerprint()["weights"] == before
 
 
@@ -134,3 +138,23 @@ def test_a_used_folder_is_not_overwritten(probe_config):
         run_probe(probe_config(max_train_steps=1, seed=4))
     assert all(torch.equal(value, before[name]) for name, value in weights(config.output_dir / "checkpoint-1").items())
     assert "seed: 0" in (config.output_dir / "config.yaml").read_text()
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(probe_config, tune_config, tmp_path, monkeypatch):
+    run_probe(probe_config(max_train_steps=1))
+    adapter = str(probe_config().output_dir)
+    passes = []
+    real = ResnetBlock2D.forward
+
+    def counted(self, *args, **kwargs):
+        passes[-1] += torch.is_grad_enabled()
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(ResnetBlock2D, "forward", counted)
+    for name, on in (("plain", False), ("checkpointed", True)):
+        passes.append(0)
+        folder = str(tmp_path / name)
+        run_tune(tune_config(adapter=adapter, max_train_steps=1, gradient_checkpointing=on, output_dir=folder))
+    assert passes[1] > 1.5 * passes[0], "each block is run again on the way back"
+    plain, checkpointed = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
+    assert all(torch.allclose(checkpointed[name], value, atol=1e-6) for name, value in plain.items())

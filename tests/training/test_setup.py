@@ -1,11 +1,15 @@
 """What both recipes begin with: the adapter that is restored, the sizes that follow from the model, what is refused."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.config import ProbeConfig, build_config
 from dpt_t2i.errors import InputError
+from dpt_t2i.training import setup
 from dpt_t2i.training.setup import set_up, store_adapter
 
 CPU = torch.device("cpu")
@@ -73,3 +77,36 @@ def test_the_run_folder_says_how_it_was_made(probe_config):
 def test_gradient_checkpointing_reaches_the_denoiser(probe_config):
     assert set_up(probe_config(gradient_checkpointing=True)).backbone.denoiser.is_gradient_checkpointing
     assert not set_up(probe_config()).backbone.denoiser.is_gradient_checkpointing
+
+
+def test_attention_runs_in_fused_kernels_with_the_flag_and_without(probe_config, caplog):
+    caplog.set_level("INFO", logger="dpt_t2i")
+    for asked in (False, True):
+        denoiser = set_up(probe_config(enable_xformers_memory_efficient_attention=asked)).backbone.denoiser
+        assert {type(p).__name__ for p in denoiser.attn_processors.values()} == {"AttnProcessor2_0"}
+        assert ("xformers is not used" in caplog.text) is asked
+
+
+def test_a_caption_encoder_of_another_width_is_named(probe_config, tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    store_adapter(set_up(probe_config()), folder)
+    card = json.loads((folder / "config.json").read_text())
+    card["adapter"]["grounding_text"] = "my/roberta"
+    (folder / "config.json").write_text(json.dumps(card))
+    monkeypatch.setattr(setup, "load_grounding_text", lambda name, device: SimpleNamespace(text_dim=48))
+    with pytest.raises(InputError, match="expressions of width 32, grounding_text `my/roberta` gives 48"):
+        set_up(probe_config(adapter=str(folder)))
+
+
+def test_crop_and_flip_reach_the_examples(probe_config):
+    plain = set_up(probe_config()).examples
+    asked = set_up(probe_config(center_crop=False, random_flip=True)).examples
+    assert (plain.center_crop, plain.random_flip) == (True, False)
+    assert (asked.center_crop, asked.random_flip) == (False, True)
+
+
+def test_a_runs_name_is_its_folder(probe_config):
+    config = probe_config(run_name="mine")
+    set_up(config)
+    assert (config.output_dir / "mine" / "config.yaml").is_file()
+    assert not (config.output_dir / "config.yaml").exists()

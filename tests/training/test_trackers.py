@@ -5,7 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dpt_t2i.training.trackers import Metrics, read_metrics
+import pytest
+
+from dpt_t2i.errors import InputError
+from dpt_t2i.training import trackers
+from dpt_t2i.training.trackers import Metrics, read_metrics, start_trackers, usable_tracker
 
 
 class Recorder:
@@ -77,3 +81,29 @@ def test_only_the_main_process_writes_but_all_log(tmp_path):
     Metrics(tmp_path, other, 0).write(3, "train", {"loss": 0.0})
     assert path.read_bytes() == before
     assert other.logged == [({"train/loss": 0.0}, 3)]
+
+
+def test_a_tracker_that_is_not_installed_is_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["tensorboard"])
+    assert usable_tracker("wandb") is None
+    assert "wandb is not installed; figures go to metrics.jsonl alone" in caplog.text
+    assert usable_tracker("tensorboard") == "tensorboard"
+    assert usable_tracker(None) is None
+
+
+def test_an_unknown_tracker_is_an_error():
+    with pytest.raises(InputError, match="report_to `wanbd` is not a tracker; there are all, none, .*wandb"):
+        usable_tracker("wanbd")
+
+
+def test_a_tracker_that_does_not_start_is_a_warning(caplog):
+    class Offline(Recorder):
+        trackers = ["half made"]
+
+        def init_trackers(self, project, init_kwargs):
+            assert (project, init_kwargs["wandb"]) == ("dpt-t2i", {"name": "my_run"})
+            raise RuntimeError("no API key")
+
+    accelerator = Offline()
+    start_trackers(accelerator, "my_run")
+    assert accelerator.trackers == [] and "does not start (no API key)" in caplog.text

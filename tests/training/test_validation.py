@@ -3,10 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from dpt_t2i.config import DenoiseConfig
 from dpt_t2i.data.scenes import SceneRecords
+from dpt_t2i.evaluation.examples import HeldOut, examples_of
 from dpt_t2i.evaluation.itm import ItmScores
 from dpt_t2i.evaluation.rec import RecRanks
+from dpt_t2i.sampling.noise import shared_noise
 from dpt_t2i.training import validation
 from dpt_t2i.training.validation import Validation
 from tests.tiny import tiny_adapter, tiny_backbone
@@ -43,13 +47,15 @@ def test_figures_by_hand_and_the_denoisers_mode(model, records, monkeypatch, tra
     backbone, adapter, taps = model
     seen = []
 
-    def scores(scorer, examples, timesteps):
-        seen.append((len(examples), list(timesteps), backbone.denoiser.training, adapter.training))
+    def scores(scorer, examples, timesteps, batch_size, first):
+        assert (batch_size, first) == (16, 0)
+        seen.append((len(list(examples)), list(timesteps), backbone.denoiser.training, adapter.training))
         pairs = [(0.1, 0.4), (0.1, 0.3), (0.3, 0.2)]  # (wrong text, wrong image) beside 0.25 for the true pair
         return [ItmScores(str(i), "r", 500, 0.25, text, image) for i, (text, image) in enumerate(pairs)]
 
-    def ranks(scorer, examples, timesteps):
-        seen.append((len(examples), list(timesteps), backbone.denoiser.training, adapter.training))
+    def ranks(scorer, examples, timesteps, batch_size, first):
+        assert (batch_size, first) == (16, 0)
+        seen.append((len(list(examples)), list(timesteps), backbone.denoiser.training, adapter.training))
         return [RecRanks(str(i), 500, rank, None) for i, rank in enumerate([0, 4, 9, 10, None])]
 
     monkeypatch.setattr(validation, "itm_scores", scores)
@@ -67,3 +73,56 @@ def test_figures_by_hand_and_the_denoisers_mode(model, records, monkeypatch, tra
         {"itm_text": 2 / 3, "itm_image": 1 / 3, "rec_p1": 0.2, "rec_p5": 0.4, "rec_p10": 0.6}
     )
     assert seen == [(3, [500], False, False)] * 2, "without dropout, at the paper's timestep"
+
+
+def test_pictures_are_opened_when_their_turn_comes(model, records):
+    opened = []
+    watched = [replace(r, image=lambda r=r: opened.append(r.id) or r.load_image()) for r in records]
+    validate = Validation(*model, watched, 32, batch_size=1)
+    assert opened == [], "none is held in memory"
+    stream = iter(validate.examples)
+    next(stream)
+    assert opened == [records[0].id]
+    assert validate() == Validation(*model, records, 32, batch_size=3)(), "the batch size changes no figure"
+
+
+def test_the_denoising_loss_by_hand(model, records):
+    """Five timesteps, one noise an example, full captions, the mean over all of it."""
+    backbone, _, _ = model
+    losses = []
+    for number, example in enumerate(examples_of(records, 32)):
+        clean = backbone.encode_image(example.pixels[None])
+        noise = shared_noise(0, number, clean.shape[1:])[None]
+        for t in (100, 300, 500, 700, 900):
+            alpha = backbone.pipeline.scheduler.alphas_cumprod[t]
+            noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+            with torch.no_grad():
+                states = backbone.encode_text([example.caption]).tokens
+                predicted = backbone.denoiser(noisy, t, encoder_hidden_states=states).sample
+            losses.append(float((predicted - noise).square().mean()))
+    assert len(losses) == 15
+    found = Validation(*model, records, 32, batch_size=2).denoising(DenoiseConfig())
+    assert found == pytest.approx({"loss_mse": sum(losses) / 15}, rel=1e-5)
+
+
+def test_the_denoising_loss_is_the_trainings_own(model, records):
+    validate = Validation(*model, records, 32)
+    weighted = validate.denoising(DenoiseConfig(snr_gamma=1.0))["loss_mse"]
+    assert weighted < validate.denoising(DenoiseConfig())["loss_mse"], "min-SNR weights are at most 1"
+
+
+def test_the_denoising_loss_leaves_the_mode_as_it_was(model, records):
+    backbone = model[0]
+    backbone.denoiser.train()
+    try:
+        Validation(*model, records, 32).denoising(DenoiseConfig())
+        assert backbone.denoiser.training
+    finally:
+        backbone.denoiser.eval()
+
+
+def test_parts_have_the_numbers_that_the_whole_gives(records):
+    bare = [replace(records[0], expressions=()), *records[1:]]
+    part = HeldOut(bare, 32, range(2, 3))
+    assert [example.id for example in part] == [f"scenes/{records[2].id}"]
+    assert (part.first, part.first_grounded) == (2, 1), "the first record has nothing to ground"

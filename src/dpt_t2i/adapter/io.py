@@ -62,7 +62,7 @@ def save_adapter(
 def load_adapter(
     folder: Path, device: torch.device, expected_fingerprint: Mapping[str, Any] | None = None
 ) -> tuple[DiscriminativeAdapter, dict[str, Any]]:
-    """Read an adapter, in eval mode and float32, and the metadata saved with it.
+    """Read an adapter, in eval mode and float32, and the metadata saved with it. A run folder stands for its adapter.
 
     Loading draws no random number. `expected_fingerprint` is that of the T2I model the adapter is to judge; other
     weights of the same architecture earn a warning that names both, None skips the comparison.
@@ -71,7 +71,7 @@ def load_adapter(
         InputError: a file is missing or damaged, a tensor is missing, surplus or of the wrong shape, or the adapter
             was made for another architecture.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     card = read_adapter_card(folder)
     if expected_fingerprint is not None:
         _check_base(folder, card["base"], expected_fingerprint)
@@ -91,13 +91,19 @@ def load_adapter(
     return adapter.float().to(device).eval(), card["metadata"]
 
 
+def adapter_folder(path: Path) -> Path:
+    """The adapter's own folder, where the run folder or checkpoint that holds it is given."""
+    inner = Path(path) / "adapter"
+    return inner if not (Path(path) / CONFIG).is_file() and (inner / CONFIG).is_file() else Path(path)
+
+
 def read_adapter_card(folder: Path) -> dict[str, Any]:
     """Everything of `config.json`: adapter, tap_channels, pooled_dim, text_dim, base, versions, metadata.
 
     Raises:
         InputError: no adapter there, not JSON, an entry missing, or a newer format.
     """
-    path = Path(folder) / CONFIG
+    path = adapter_folder(folder) / CONFIG
     if not path.is_file():
         raise InputError(f"no adapter in {folder}: {CONFIG} is missing; give the folder that `dpt probe` wrote")
     try:

@@ -107,9 +107,13 @@ def choose_artifacts(base: str | Path, lora: str | None, adapter: str | None) ->
 def resolve_device(name: str) -> torch.device:
     """`auto` = CUDA, else MPS, else the CPU; otherwise the named device.
 
+    A bare number is that CUDA device, and `auto` on a machine without CUDA (the release's `--gpuid`).
+
     Raises:
         InputError: no such device here.
     """
+    if name.isdecimal():
+        name = f"cuda:{name}" if torch.cuda.is_available() else "auto"
     if name == "auto":
         fallback = "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device("cuda" if torch.cuda.is_available() else fallback)

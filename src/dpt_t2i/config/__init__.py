@@ -38,6 +38,7 @@ from dpt_t2i.config.sections import (
     SearchConfig,
     Section,
     TrainConfig,
+    TrainDataConfig,
     TrainModelConfig,
     TuneTrainConfig,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "SearchConfig",
     "Section",
     "TrainConfig",
+    "TrainDataConfig",
     "TrainModelConfig",
     "TuneConfig",
     "TuneTrainConfig",

@@ -20,30 +20,43 @@ from dpt_t2i.config.sections import (
     SearchConfig,
     Section,
     TrainConfig,
+    TrainDataConfig,
     TrainModelConfig,
     TuneTrainConfig,
 )
 
 
-class ProbeConfig(Section):
+class _RunConfig(Section):
+    """A run of either stage."""
+
+    output_dir: Path
+    run_name: str = Field("", description="folder of this run below output_dir, and its name at the tracker")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.output_dir / self.run_name
+
+
+class ProbeConfig(_RunConfig):
     """Stage 1: probing. The denoiser is frozen, the adapter learns."""
 
     model: TrainModelConfig = TrainModelConfig()
     adapter: AdapterConfig = AdapterConfig()
-    data: DataConfig = DataConfig()
+    data: TrainDataConfig = TrainDataConfig()
     loss: ItmRecConfig = ItmRecConfig()
     train: TrainConfig = TrainConfig()
     output_dir: Path = Field(Path("runs/probe"), description="run folder")
     seed: int = Field(0, ge=0, description="seed of weights, noise and timesteps")
 
 
-class TuneConfig(Section):
+class TuneConfig(_RunConfig):
     """Stage 2: tuning. LoRA and adapter learn on ITM + REC + denoising."""
 
     model: TrainModelConfig = TrainModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     lora: LoraSettings = LoraSettings()
-    data: DataConfig = DataConfig()
+    data: TrainDataConfig = TrainDataConfig()
     loss: ItmRecConfig = ItmRecConfig()
     denoise: DenoiseConfig = DenoiseConfig()
     train: TuneTrainConfig = TuneTrainConfig()

@@ -14,11 +14,25 @@ from pydantic.fields import FieldInfo
 from dpt_t2i.config.sections import Section
 from dpt_t2i.errors import InputError
 
-ALIASES = {  # other names that users know -> leaf
+ALIASES = {  # other names that users know -> leaf; of the release's flags those that mean just the same
     "unet_feature": "tap",
-    "correction_factor": "correct",
+    "qformer_ckpt": "adapter",
     "lora_rank": "rank",
+    "nheads": "num_heads",
+    "contrastive_loss_hdim": "contrastive_dim",
+    "text_encoder_type": "grounding_text",
+    "ce_loss_coef": "ce_coef",
+    "bbox_loss_coef": "bbox_coef",
+    "giou_loss_coef": "giou_coef",
+    "contrastive_align_loss_coef": "align_coef",
+    "temperature_NCE": "align_temperature",
+    "max_train_samples": "max_samples",
+    "correction_factor": "correct",
     "num_inference_steps": "steps",
+    "num_timesteps": "steps",
+    "gpuid": "device",
+    "gpu": "device",
+    "outdir": "output_dir",
 }
 
 

@@ -24,15 +24,21 @@ class ModelConfig(Section):
         None, description="LoRA file or folder; `none` = plain base; default: what ships with the base"
     )
     adapter: str | None = Field(
-        None, description="adapter folder; `none` = no adapter; default: what ships with the base"
+        None, description="adapter or run folder; `none` = no adapter; default: what ships with the base"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:1, mps; a bare number is that GPU, or `auto` where there is none"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
 
 
 class TrainModelConfig(ModelConfig):
     lora: str | None = Field("none", description="LoRA to start from; `none` = plain base")
-    adapter: str | None = Field("none", description="adapter folder to start from (stage 2 needs that of stage 1)")
+    adapter: str | None = Field(
+        "none",
+        description="start from this adapter (stage 2 needs that of stage 1): an adapter or run folder, or the "
+        "pytorch_model.bin of the release",
+    )
     tap: str = Field("up1", description="block whose features are read; join several with `_`")
 
 
@@ -67,6 +73,11 @@ class DataConfig(Section):
     data_seed: int = Field(0, ge=0, description="seed of the example order and of every random choice in the data")
     max_samples: Annotated[int, Field(gt=1)] | None = Field(None, description="use only the first N records")
     val_samples: Positive = Field(256, description="held-out examples of a validation")
+
+
+class TrainDataConfig(DataConfig):
+    center_crop: bool = Field(True, description="crop the middle, moved where a box asks for it; off = anywhere")
+    random_flip: bool = Field(False, description="mirror half of the examples whose texts name no side")
 
 
 class ItmRecConfig(Section):
@@ -111,12 +122,19 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="clip the total gradient norm")
     min_timestep: int = Field(0, ge=0, description="lowest timestep drawn")
     max_timestep: int = Field(999, ge=0, description="highest timestep drawn")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="autocast of the denoiser and adapter")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
+        None, description="autocast of the denoiser and adapter; default: what `accelerate launch` says, else `no`"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations of the denoiser")
+    enable_xformers_memory_efficient_attention: bool = Field(
+        False, description="understood for the release's sake: attention runs in PyTorch's fused kernels in any case"
+    )
+    vae_batch_size: Positive = Field(8, description="images in one pass of the VAE: memory only")
     checkpointing_steps: Positive = Field(500, description="steps between checkpoints")
     checkpoints_total_limit: Positive = Field(2, description="checkpoints kept")
     resume_from_checkpoint: str | None = Field(None, description="`latest`, or a checkpoint folder")
     validation_steps: Positive = Field(500, description="steps between validations")
+    val_batch_size: Positive = Field(16, description="examples of a validation at once: memory only")
     report_to: str | None = Field(None, description="tensorboard, wandb, trackio: through accelerate")
 
 

@@ -13,11 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dpt_t2i.data.records import Expression, Record
-from dpt_t2i.data.transforms import fit_square, to_pixels
+from dpt_t2i.data.transforms import Box, fit_square, mirror, names_a_side, to_pixels
 
 Choice = TypeVar("Choice")
 TRIES = 20  # draws for a random negative that is not the positive's own caption
@@ -63,12 +64,28 @@ class Batch:
 
 
 class Examples(Dataset[Item]):
-    """An endless stream over records: position p is example `order(epoch)[p % N]` of epoch `p // N`."""
+    """An endless stream over records: position p is example `order(epoch)[p % N]` of epoch `p // N`.
 
-    def __init__(self, records: Sequence[Record], resolution: int, seed: int = 0) -> None:
+    Args:
+        resolution: side of the squares in pixels.
+        center_crop: False = a crop anywhere; both keep the boxes.
+        random_flip: mirror half of the examples whose captions and expression name no side. All three pictures of an
+            example are mirrored together, so that no text is true of one for its side only.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        resolution: int,
+        seed: int = 0,
+        *,
+        center_crop: bool = True,
+        random_flip: bool = False,
+    ) -> None:
         if len(records) < 2:
             raise ValueError("at least two records are needed: each is the other's random negative")
         self.records, self.resolution, self.seed = records, resolution, seed
+        self.center_crop, self.random_flip = center_crop, random_flip
 
     def __getitem__(self, position: int) -> Item:
         epoch, place = divmod(position, len(self.records))
@@ -82,12 +99,21 @@ class Examples(Dataset[Item]):
         expression = _choose(record.expressions, rng)
         negative = _choose(record.negatives, rng) if record.negative_image is None else _first(record.negatives)
         other, random_caption = self._other(row, caption, rng)
-        square, boxes = fit_square(record.load_image(), expression.boxes if expression else (), self.resolution)
+        texts = (caption, negative.caption if negative else "", expression.text if expression else "")
+        flip = self.random_flip and rng.random() < 0.5 and not any(map(names_a_side, texts))
+
+        def show(picture: Image.Image, keep: Sequence[Box] = ()) -> tuple[Tensor, Tensor]:
+            at = None if self.center_crop else (float(rng.random()), float(rng.random()))
+            square, boxes = fit_square(picture, keep, self.resolution, at)
+            square, boxes = mirror(square, boxes) if flip else (square, boxes)
+            return to_pixels(square), boxes
+
+        pixels, boxes = show(record.load_image(), expression.boxes if expression else ())
         hard = record.load_negative_image()
         return Item(
-            pixels=to_pixels(square),
-            hard_pixels=None if hard is None else to_pixels(fit_square(hard, (), self.resolution)[0]),
-            random_pixels=to_pixels(fit_square(other.load_image(), (), self.resolution)[0]),
+            pixels=pixels,
+            hard_pixels=None if hard is None else show(hard)[0],
+            random_pixels=show(other.load_image())[0],
             caption=caption,
             hard_caption=negative.caption if negative else None,
             random_caption=random_caption,

@@ -41,6 +41,7 @@ from dpt_t2i.evaluation.verdicts import (
 )
 from dpt_t2i.sampling.commands import parse_seeds
 from dpt_t2i.sampling.model import T2IModel
+from dpt_t2i.sampling.shares import processes
 from dpt_t2i.scenes.facts import Verdict
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def run_arms(config: AlignmentConfig, open_model: OpenModel) -> dict[str, Any]:
     Raises:
         InputError: an unknown arm or suite, seeds that cannot be read, or weights that an arm needs and are not there.
     """
-    state = PartialState()
+    state = processes(config.model.device)
     arms = choose_arms(config.arms)
     prompts, seeds = open_suite(config.suite, config.max_prompts), parse_seeds(config.seeds)
     recipes = {arm.name: recipe_of(arm, config) for arm in arms if arm.random_of is None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dpt_t2i.config import GenerateConfig
 from dpt_t2i.evaluation.suites import NumberedPrompt
-from dpt_t2i.sampling.folder import image_file, write_generation
+from dpt_t2i.sampling.folder import image_file, write_shared
 from dpt_t2i.sampling.generate import Generated, Job
 from dpt_t2i.sampling.model import T2IModel
 from dpt_t2i.sampling.search import candidate_seeds
@@ -31,28 +31,13 @@ def jobs_of_arm(prompts: Sequence[NumberedPrompt], seeds: Sequence[int], best_of
 def make_images(
     folder: Path, jobs: Sequence[Job], model: T2IModel, settings: GenerateConfig, arm: str, state: PartialState
 ) -> list[dict[str, Any]]:
-    """A generation folder with all `jobs`; the manifest's rows on the main process, nothing on the others.
-
-    Several processes make a part of the images each. An image depends on its prompt, seed and settings alone, so
-    their number changes nothing.
-    """
-    decisive = model.settings(settings)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    """A generation folder with all `jobs`; the manifest's rows on the main process, nothing on the others."""
 
     def make(missing: Sequence[Job]) -> Iterable[Generated]:
         quiet = None if state.is_main_process else True  # None: silent where nobody watches
         return tqdm(model.run(missing, settings), desc=arm, total=len(missing), unit="image", disable=quiet)
 
-    if state.num_processes > 1:
-        with state.split_between_processes(list(jobs)) as part:
-            _make_part(folder, part, lambda share, some: write_generation(share, some, make, decisive, arm), state)
-        state.wait_for_everyone()
-    if not state.is_main_process:
-        return []
-    rows = write_generation(folder, jobs, make, decisive, arm)
-    for share in folder.glob("process-*"):
-        shutil.rmtree(share)
-    return rows
+    return write_shared(folder, jobs, make, model.settings(settings), arm, state)
 
 
 def borrow_images(folder: Path, source: Path, jobs: Sequence[Job]) -> None:
@@ -62,16 +47,3 @@ def borrow_images(folder: Path, source: Path, jobs: Sequence[Job]) -> None:
         if have.is_file() and not want.exists():
             want.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(have, want)
-
-
-def _make_part(
-    folder: Path, jobs: Sequence[Job], write: Callable[[Path, Sequence[Job]], object], state: PartialState
-) -> None:
-    """Write images into the common folder, but manifest and contact sheet beside those of other processes."""
-    if not jobs:
-        return
-    share = folder / f"process-{state.process_index}"
-    share.mkdir(exist_ok=True)
-    if not (share / "images").is_symlink():
-        (share / "images").symlink_to(Path("..") / "images", target_is_directory=True)
-    write(share, jobs)

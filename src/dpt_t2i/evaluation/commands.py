@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from PIL import Image
 
 from dpt_t2i.config import AlignmentConfig, DiscriminationConfig, ModelConfig, ScoreConfig
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.alignment import run_arms
-from dpt_t2i.evaluation.examples import EvalExample, examples_of
+from dpt_t2i.evaluation.examples import HeldOut
 from dpt_t2i.evaluation.itm import itm_scores, itm_summary
 from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
 from dpt_t2i.evaluation.rec import rec_oracle, rec_ranks, rec_summary
 from dpt_t2i.sampling.annotate import annotate
 from dpt_t2i.sampling.model import T2IModel, load_model
 from dpt_t2i.sampling.scoring import MatchScorer
+from dpt_t2i.sampling.shares import gathered, processes, share_of
 
 
 def run_score(config: ScoreConfig, image: Path, prompt: str) -> dict[str, Any]:
@@ -70,14 +72,18 @@ def run_alignment(config: AlignmentConfig) -> dict[str, Any]:
 def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
     """Image-text matching accuracy on held-out records; writes `itm.json` and every score to `itm_scores.jsonl`.
 
+    Several processes score a part each; the main one writes.
+
     Raises:
         InputError: no adapter, no record with a hard negative, or a NaN (names the example).
     """
+    state = processes(config.model.device)
     scorer = _scorer(config)
-    examples = _examples(config, scorer)
-    rows = itm_scores(
-        scorer, examples(), _timesteps(config, scorer), seed=config.seed, batch_size=config.eval_batch_size
-    )
+    examples = _examples(config, scorer, state)
+    how = {"seed": config.seed, "batch_size": config.eval_batch_size, "first": examples.first}
+    rows = gathered(itm_scores(scorer, examples, _timesteps(config, scorer), **how), state)
+    if not state.is_main_process:
+        return {"summary": []}
     summary = itm_summary(rows)
     if not any("text" in accuracies or "image" in accuracies for accuracies in summary.values()):
         raise InputError(f"data set `{config.data.dataset}` has no hard negatives; give records with `negatives`")
@@ -90,18 +96,23 @@ def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
 def run_rec(config: DiscriminationConfig) -> dict[str, Any]:
     """Grounding precision on held-out records, beside the learning-free oracle; writes `rec.json`, `rec_ranks.jsonl`.
 
+    Several processes read a part each; the main one writes.
+
     Raises:
         InputError: no adapter, no record with an expression, or a NaN (names the example).
     """
+    state = processes(config.model.device)
     scorer = _scorer(config)
-    examples = _examples(config, scorer)
+    examples = _examples(config, scorer, state)
     timesteps = _timesteps(config, scorer)
-    how = {"seed": config.seed, "batch_size": config.eval_batch_size}
-    rows = rec_ranks(scorer, examples(), timesteps, **how)
+    how = {"seed": config.seed, "batch_size": config.eval_batch_size, "first": examples.first_grounded}
+    rows = gathered(rec_ranks(scorer, examples, timesteps, **how), state)
+    blind = gathered(rec_oracle(scorer.backbone, examples, timesteps, **how), state)
+    if not state.is_main_process:
+        return {"summary": []}
     if not rows:
         raise InputError(f"data set `{config.data.dataset}` has no expressions; give records with `expressions`")
-    summary = rec_summary(rows)
-    oracle = rec_summary(rec_oracle(scorer.backbone, examples(), timesteps, **how), at=(1,))
+    summary, oracle = rec_summary(rows), rec_summary(blind, at=(1,))
     write_rows(config.output_dir / "rec_ranks.jsonl", (asdict(row) for row in rows))
     result = {"timesteps": summary, "oracle": oracle} | _origin(config, len({row.id for row in rows}))
     write_json(config.output_dir / "rec.json", result)
@@ -129,11 +140,11 @@ def _timesteps(config: DiscriminationConfig, scorer: MatchScorer) -> tuple[int, 
     return config.timesteps
 
 
-def _examples(config: DiscriminationConfig, scorer: MatchScorer) -> Callable[[], Iterable[EvalExample]]:
-    """The held-out examples, read anew at each call: they may not fit in memory."""
+def _examples(config: DiscriminationConfig, scorer: MatchScorer, state: PartialState) -> HeldOut:
+    """This process's part of the held-out examples."""
     size = config.data.resolution or min(scorer.backbone.image_size)
     records = open_records(config.data, "val", size)
-    return lambda: examples_of(records, size)
+    return HeldOut(records, size, share_of(len(records), state))
 
 
 def _origin(config: DiscriminationConfig, examples: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.backbones.interface import Backbone
-from dpt_t2i.data.records import Record
+from dpt_t2i.data.records import Expression, Record
 from dpt_t2i.data.transforms import fit_square, to_pixels
 from dpt_t2i.sampling.noise import shared_noise
 
@@ -45,7 +45,7 @@ def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExam
     A record whose expressions all name several things gives the first of them.
     """
     for record in records:
-        expression = next((e for e in record.expressions if len(e.boxes) == 1), next(iter(record.expressions), None))
+        expression = _expression_of(record)
         square, boxes = fit_square(record.load_image(), expression.boxes if expression else (), resolution)
         hard = record.load_negative_image()
         negative = next(iter(record.negatives), None)
@@ -61,9 +61,46 @@ def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExam
         )
 
 
-def chunks(backbone: Backbone, examples: Iterable[EvalExample], batch_size: int, seed: int) -> Iterator[Chunk]:
-    """Encode examples in groups. The noise of an example follows from (seed, its number), whatever the group size."""
-    remaining, start = iter(examples), 0
+@dataclass(frozen=True)
+class HeldOut:
+    """A part of the held-out examples, streamed: a picture is opened when its turn comes, each time anew."""
+
+    records: Sequence[Record]  # all
+    resolution: int
+    part: range  # positions of this process's records
+
+    def __iter__(self) -> Iterator[EvalExample]:
+        return examples_of(self.records[self.part.start : self.part.stop], self.resolution)
+
+    @property
+    def first(self) -> int:
+        """Number of the first example of the part among all."""
+        return self.part.start
+
+    @property
+    def first_grounded(self) -> int:
+        """Number of the first example of the part among all that have something to ground."""
+        return sum(_is_grounded(record) for record in self.records[: self.part.start])
+
+
+def _expression_of(record: Record) -> Expression | None:
+    return next((e for e in record.expressions if len(e.boxes) == 1), next(iter(record.expressions), None))
+
+
+def _is_grounded(record: Record) -> bool:
+    expression = _expression_of(record)
+    return expression is not None and len(expression.boxes) > 0
+
+
+def chunks(
+    backbone: Backbone, examples: Iterable[EvalExample], batch_size: int, seed: int, first: int = 0
+) -> Iterator[Chunk]:
+    """Encode examples in groups. The noise of an example follows from (seed, its number), whatever the group size.
+
+    Args:
+        first: number of the first example, where these are a part of all.
+    """
+    remaining, start = iter(examples), first
     while group := list(islice(remaining, batch_size)):
         latents = backbone.encode_image(torch.stack([e.pixels for e in group]).to(backbone.device))
         noise = torch.stack([shared_noise(seed, start + i, latents.shape[1:]) for i in range(len(group))])

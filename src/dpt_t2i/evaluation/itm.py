@@ -47,18 +47,20 @@ def itm_scores(
     *,
     seed: int = 0,
     batch_size: int = 32,
+    first: int = 0,
 ) -> list[ItmScores]:
     """Score every example with its caption and its hard negatives at every timestep.
 
     Args:
         seed: of the noise; that of an example follows from (seed, its number).
         batch_size: examples at once (three rows each); changes no score.
+        first: number of the first example, where these are a part of all.
 
     Raises:
         InputError: a score is NaN or infinite (names the example).
     """
     rows: list[ItmScores] = []
-    for chunk in chunks(scorer.backbone, examples, batch_size, seed):
+    for chunk in chunks(scorer.backbone, examples, batch_size, seed, first):
         rows.extend(row for t in timesteps for row in _score_chunk(scorer, chunk, t))
     return rows
 

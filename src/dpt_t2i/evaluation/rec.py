@@ -46,18 +46,20 @@ def rec_ranks(
     *,
     seed: int = 0,
     batch_size: int = 32,
+    first: int = 0,
 ) -> list[RecRanks]:
     """Read every example's noised image under its expression. Of several named things any one will do.
 
     Args:
         seed: of the noise; that of an example follows from (seed, its number).
         batch_size: examples at once; changes no rank.
+        first: number of the first grounded example, where these are a part of all.
 
     Raises:
         InputError: a box or its score is NaN or infinite (names the example).
     """
     rows = []
-    for chunk in chunks(scorer.backbone, _grounded(examples), batch_size, seed):
+    for chunk in chunks(scorer.backbone, _grounded(examples), batch_size, seed, first):
         text = scorer.backbone.encode_text([str(e.expression) for e in chunk.examples])
         for timestep in timesteps:
             output = scorer.read(*_noised(scorer.backbone, chunk, timestep), text)
@@ -75,6 +77,7 @@ def rec_oracle(
     *,
     seed: int = 0,
     batch_size: int = 32,
+    first: int = 0,
 ) -> list[RecRanks]:
     """What the noise leaves for a reader that learned nothing: a matched filter told the true colour and box size.
 
@@ -83,7 +86,7 @@ def rec_oracle(
     Precision@1 has a meaning. Examples that name several things are left out.
     """
     rows = []
-    for chunk in chunks(backbone, _grounded(examples), batch_size, seed):
+    for chunk in chunks(backbone, _grounded(examples), batch_size, seed, first):
         for timestep in timesteps:
             noisy, steps = _noised(backbone, chunk, timestep)
             signal = backbone.add_noise(torch.ones_like(noisy), torch.zeros_like(noisy), steps)

@@ -8,13 +8,14 @@ from typing import Any
 
 from dpt_t2i.config import GenerateConfig
 from dpt_t2i.errors import InputError
-from dpt_t2i.sampling.folder import write_generation
+from dpt_t2i.sampling.folder import write_shared
 from dpt_t2i.sampling.generate import jobs_of
 from dpt_t2i.sampling.model import load_model
+from dpt_t2i.sampling.shares import processes
 
 
 def run_generate(config: GenerateConfig) -> dict[str, Any]:
-    """Make the images, or what is missing of them. Returns a summary, plain JSON.
+    """Make the images, or what is missing of them. Returns a summary, plain JSON; {} on any process but the main one.
 
     Raises:
         InputError: no prompt, a broken prompts file, seeds that cannot be read, or anything that `load_model` or the
@@ -22,6 +23,7 @@ def run_generate(config: GenerateConfig) -> dict[str, Any]:
     """
     jobs = jobs_of(read_prompts(config), parse_seeds(config.seeds))
     settings = config.model
+    state = processes(settings.device)
     model = load_model(
         settings.pretrained_model_name_or_path,
         settings.lora,
@@ -32,7 +34,9 @@ def run_generate(config: GenerateConfig) -> dict[str, Any]:
     )
     decisive = model.settings(config)
     arm = arm_name(config, has_lora=decisive["lora"] is not None)
-    rows = write_generation(config.output_dir, jobs, lambda missing: model.run(missing, config), decisive, arm)
+    rows = write_shared(config.output_dir, jobs, lambda missing: model.run(missing, config), decisive, arm, state)
+    if not state.is_main_process:
+        return {}
     scores = [row["score"] for row in rows if row["score"] is not None]
     return {
         "images": len(rows),

@@ -5,7 +5,7 @@
     contact_sheet.png
 
 A run that was stopped goes on image by image: a whole PNG made with the same settings is kept, anything else is made
-again. Every file appears in one move, never half written.
+again. Every file appears in one move, never half written. Several processes make a part of the missing images each.
 """
 
 from __future__ import annotations
@@ -16,21 +16,43 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dpt_t2i.sampling.contact_sheet import contact_sheet
 from dpt_t2i.sampling.generate import Generated, Job
+from dpt_t2i.sampling.shares import share_of
 
 CHUNK = "parameters"
 PNG_END = b"IEND\xaeB`\x82"
 MANIFEST = "manifest.jsonl"
 
+Make = Callable[[Sequence[Job]], Iterable[Generated]]
+
+
+def write_shared(
+    folder: Path, jobs: Sequence[Job], make: Make, settings: Mapping[str, Any], arm: str, state: PartialState
+) -> list[dict[str, Any]]:
+    """`write_generation` by all processes of `state`; the rows on the main one, [] on the others.
+
+    An image depends on its prompt, seed and settings alone, so the number of processes changes nothing.
+    """
+    if state.num_processes > 1:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        missing = [job for job in jobs if _finished(folder / image_file(job), _wanted(job, settings)) is None]
+        state.wait_for_everyone()  # nobody writes before all have looked
+        mine = [missing[i] for i in share_of(len(missing), state)]
+        for job, image in zip(mine, make(mine) if mine else (), strict=True):
+            _write_image(folder, job, image, settings)
+        state.wait_for_everyone()
+    return write_generation(folder, jobs, make, settings, arm) if state.is_main_process else []
+
 
 def write_generation(
     folder: Path,
     jobs: Sequence[Job],
-    make: Callable[[Sequence[Job]], Iterable[Generated]],
+    make: Make,
     settings: Mapping[str, Any],
     arm: str,
 ) -> list[dict[str, Any]]:
@@ -57,9 +79,7 @@ def write_generation(
     if missing:
         with (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
             for job, image in zip(missing, make(missing), strict=True):
-                result = {"score": image.score, "noise_seed": image.job.noise_seed}
-                _save_png(folder / image_file(job), image.image, {**_wanted(job, settings), "result": result})
-                rows[job] = _row(job, settings, arm, result)
+                rows[job] = _row(job, settings, arm, _write_image(folder, job, image, settings))
                 manifest.write(json.dumps(rows[job]) + "\n")
                 manifest.flush()
     ordered = [rows[job] for job in jobs]
@@ -84,6 +104,13 @@ def read_parameters(path: Path) -> dict[str, Any] | None:
     except (OSError, SyntaxError, ValueError, KeyError):
         return None
     return parameters if isinstance(parameters, dict) else None
+
+
+def _write_image(folder: Path, job: Job, image: Generated, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Save a job's image with all that made it; what came of it, for the manifest."""
+    result = {"score": image.score, "noise_seed": image.job.noise_seed}  # a search may have chosen another noise
+    _save_png(folder / image_file(job), image.image, {**_wanted(job, settings), "result": result})
+    return result
 
 
 def _wanted(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,21 +46,28 @@ class Encoder:
         backbone: the T2I model.
         num_token_classes: K of the soft-token classifier.
         grounding: encoder of expressions; None = the T2I model's own token states.
+        vae_batch_size: images in one pass of the VAE, whose memory grows with them (three an example).
     """
 
-    def __init__(self, backbone: Backbone, num_token_classes: int, grounding: GroundingTextEncoder | None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_token_classes: int,
+        grounding: GroundingTextEncoder | None,
+        vae_batch_size: int = 8,
+    ) -> None:
         self.backbone, self.num_token_classes, self.grounding = backbone, num_token_classes, grounding
+        self.vae_batch_size = vae_batch_size
         self._on_truncate: OnTruncate = "warn"  # of the first batch; a run of days need not repeat it
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Encoded:
-        """Encode one batch: images in one pass, every distinct text once.
+        """Encode one batch: images a few at a time, every distinct text once.
 
         Raises:
             InputError: the spans of an expression touch no token.
         """
         device = self.backbone.device
-        images = torch.cat([batch.images, batch.hard_images, batch.random_images]).to(device)
         columns = (batch.captions, batch.hard_captions, batch.random_captions, batch.expressions)
         texts = list(dict.fromkeys(["", *(text for column in columns for text in column)]))
         row = {text: index for index, text in enumerate(texts)}
@@ -69,7 +76,7 @@ class Encoder:
         self._on_truncate = "ignore"
         tokens, mask, offsets = self._ground(batch.expressions, states, rows[3])
         return Encoded(
-            latents=self.backbone.encode_image(images),
+            latents=self._latents(torch.cat([batch.images, batch.hard_images, batch.random_images])),
             text=states,
             caption=rows[0],
             hard_caption=rows[1],
@@ -83,6 +90,12 @@ class Encoder:
             targets=self._targets(batch, offsets).to(device),
             records=batch.records,
         )
+
+    def _latents(self, images: Tensor) -> Tensor:
+        parts = (
+            self.backbone.encode_image(part.to(self.backbone.device)) for part in images.split(self.vae_batch_size)
+        )
+        return torch.cat(list(parts))
 
     def _ground(
         self, expressions: Sequence[str], states: TextStates, rows: Tensor

@@ -80,42 +80,51 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
         accelerator.scaler.load_state_dict(saved["scaler"])
     metrics = Metrics(job.output_dir, accelerator, first)
     windows = _windows(job, accelerator, first)
-    progress = tqdm(
-        total=settings.max_train_steps, initial=first, desc="train", disable=not accelerator.is_local_main_process
-    )
     figures: dict[str, float] = {}
     if first == 0:
         figures = job.validate()
         metrics.write(0, "val", figures)
+    bar = tqdm(
+        total=settings.max_train_steps, initial=first, desc="train", disable=not accelerator.is_local_main_process
+    )
     clock, since = time.perf_counter(), first
-    for step, window in enumerate(windows, start=first):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor(step)
-        torch.manual_seed(_mix(job.seed, step, accelerator.process_index))  # dropout
-        model.train()
-        terms, norm = _step(job, accelerator, model, wrapped, window, step)
-        done = step + 1
-        if done % LOG_EVERY == 0 or done == settings.max_train_steps:
-            seen = (done - since) * settings.train_batch_size * len(window) * accelerator.num_processes
-            speed = seen / (time.perf_counter() - clock)
-            row = terms | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, "images_per_s": speed}
-            metrics.write(done, "train", row)
-            progress.set_postfix(loss=f"{terms['loss']:.3f}", images_per_s=f"{speed:.1f}")
-            clock, since = time.perf_counter(), done
-        progress.update(1)
-        last = done == settings.max_train_steps
-        if last or done % settings.validation_steps == 0:
-            figures = job.validate()
-            metrics.write(done, "val", figures)
-            clock, since = time.perf_counter(), done
-        if (last or done % settings.checkpointing_steps == 0) and accelerator.is_main_process:
-            extra = identity | {"scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
-            write_checkpoint(
-                job.output_dir, done, parameters, optimizer, job.save_artifacts, extra, settings.checkpoints_total_limit
-            )
-    progress.close()
-    accelerator.end_training()
+    with bar as progress:  # closed by an error too, whose line then stands by itself
+        for step, window in enumerate(windows, start=first):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * factor(step)
+            torch.manual_seed(_mix(job.seed, step, accelerator.process_index))  # dropout
+            model.train()
+            terms, norm = _step(job, accelerator, model, wrapped, window, step)
+            done = step + 1
+            if done % LOG_EVERY == 0 or done == settings.max_train_steps:
+                seen = (done - since) * settings.train_batch_size * len(window) * accelerator.num_processes
+                speed = seen / (time.perf_counter() - clock)
+                row = terms | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, "images_per_s": speed}
+                metrics.write(done, "train", row)
+                progress.set_postfix(loss=f"{terms['loss']:.3f}", images_per_s=f"{speed:.1f}")
+                clock, since = time.perf_counter(), done
+            progress.update(1)
+            last = done == settings.max_train_steps
+            if last or done % settings.validation_steps == 0:
+                figures = job.validate()
+                metrics.write(done, "val", figures)
+                clock, since = time.perf_counter(), done
+            if (last or done % settings.checkpointing_steps == 0) and accelerator.is_main_process:
+                _save(job, accelerator, done, parameters, optimizer, identity)
     return figures
+
+
+def _save(
+    job: Job,
+    accelerator: Accelerator,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+) -> None:
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    extra, keep = {**identity, "scaler": scaler}, job.train.checkpoints_total_limit
+    write_checkpoint(job.output_dir, step, parameters, optimizer, job.save_artifacts, extra, keep)
 
 
 def _identity(job: Job, accelerator: Accelerator) -> dict[str, Any]:
@@ -127,6 +136,8 @@ def _identity(job: Job, accelerator: Accelerator) -> dict[str, Any]:
         "seed": job.seed,
         "data_seed": job.data.data_seed,
         "records": len(job.examples.records),
+        "center_crop": job.examples.center_crop,
+        "random_flip": job.examples.random_flip,
     }
 
 
@@ -195,11 +206,19 @@ def _windows(job: Job, accelerator: Accelerator, first: int) -> Iterator[list[tu
         window: list[tuple[Encoded, Draw]] = []
         draws: list[Draw] = []
         for micro in range(accumulation):
-            batch = next(stream)
+            batch = _next(stream)
             encoded = job.encoder(batch if job.refresh is None else job.refresh(step, batch))
             draws = draws or _draws(job, step, accumulation * world, len(encoded), encoded.latents)
             window.append((encoded, draws[micro * world + rank]))
         yield window
+
+
+def _next(stream: Iterator[Batch]) -> Batch:
+    """The next batch; bad input met in a loader process comes back inside that process's traceback."""
+    try:
+        return next(stream)
+    except InputError as error:
+        raise InputError(str(error).rpartition("InputError: ")[2]) from error
 
 
 def _draws(job: Job, step: int, parts: int, count: int, like: Tensor) -> list[Draw]:

@@ -43,7 +43,7 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
             data=config.data,
             caption_dropout=0.0,
             seed=config.seed,
-            output_dir=config.output_dir,
+            output_dir=config.folder,
             save_artifacts=save,
             load_artifacts=lambda folder: restore_adapter(setup, folder),
             validate=setup.validation,
@@ -53,15 +53,21 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
         setup.accelerator,
     )
     if setup.accelerator.is_main_process:
-        save(config.output_dir)
-    setup.accelerator.wait_for_everyone()
-    return result(config.output_dir, figures)
+        save(config.folder)
+    finish(setup)
+    return result(config.folder, figures)
 
 
 def restore_adapter(setup: Setup, checkpoint: Path) -> None:
     """Put a checkpoint's adapter in place, `logit_scale` included."""
     saved, _ = load_adapter(checkpoint / "adapter", setup.backbone.device, setup.backbone.fingerprint())
     setup.adapter.load_state_dict(saved.state_dict())
+
+
+def finish(setup: Setup) -> None:
+    """Wait for what the main process writes, then let go of the other processes and the trackers."""
+    setup.accelerator.wait_for_everyone()
+    setup.accelerator.end_training()
 
 
 def result(folder: Path, figures: dict[str, float]) -> dict[str, Any]:

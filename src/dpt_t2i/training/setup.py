@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,20 +12,24 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from dpt_t2i.adapter.grounding_text import load_grounding_text
-from dpt_t2i.adapter.io import load_adapter, read_adapter_card, save_adapter
+from dpt_t2i.adapter.io import save_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import load_backbone, resolve_device
 from dpt_t2i.backbones.types import Tap
-from dpt_t2i.config import AdapterConfig, ProbeConfig, TrainConfig, TrainModelConfig, TuneConfig, save_config
+from dpt_t2i.config import ProbeConfig, TrainConfig, TuneConfig, save_config
 from dpt_t2i.data.examples import Examples
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
 from dpt_t2i.training.checkpoint import checkpoints
 from dpt_t2i.training.encode import Encoder
+from dpt_t2i.training.start import restore_start
+from dpt_t2i.training.trackers import start_trackers, usable_tracker
 from dpt_t2i.training.validation import Validation
 
 StageConfig = TypeVar("StageConfig", ProbeConfig, TuneConfig)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,69 +52,101 @@ def set_up(config: StageConfig) -> Setup:
     Raises:
         InputError: anything that is missing, broken, or does not fit together.
     """
-    earlier = checkpoints(config.output_dir)
+    earlier = checkpoints(config.folder)
     if earlier and config.train.resume_from_checkpoint is None:
         raise InputError(
-            f"{config.output_dir} holds an earlier run (up to step {earlier[-1][0]}): go on with "
-            "--resume_from_checkpoint latest, or give another --output_dir"
+            f"{config.folder} holds an earlier run (up to step {earlier[-1][0]}): go on with "
+            "--resume_from_checkpoint latest, or give another --output_dir or --run_name"
         )
-    config = _with_the_adapters_sizes(config)
-    accelerator = make_accelerator(config.train, config.model, config.output_dir)
-    if accelerator.is_main_process:
-        save_config(config, config.output_dir / "config.yaml")
-    model = config.model
+    accelerator = make_accelerator(config)
+    model, settings = config.model, config.train
     backbone = load_backbone(model.pretrained_model_name_or_path, model.revision, str(accelerator.device), model.dtype)
-    if config.train.gradient_checkpointing:
-        backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # of every diffusers model
+    _prepare_denoiser(backbone, settings, accelerator)
+    _check_timesteps(backbone, settings)
     taps = backbone.parse_taps(model.tap)
-    grounding = None
+    restored, metadata = None, dict[str, Any]()
+    if model.adapter not in (None, "none"):
+        restored, metadata = restore_start(str(model.adapter), backbone, taps, config.adapter)
+        config = config.model_copy(update={"adapter": restored.config})  # its own sizes hold, whatever was asked for
+    if accelerator.is_main_process:
+        save_config(config, config.folder / "config.yaml")
+    grounding, text_dim = None, backbone.text_dim
     if config.adapter.grounding_text != "denoiser":
         grounding = load_grounding_text(config.adapter.grounding_text, accelerator.device)
-    low, high = config.train.min_timestep, config.train.max_timestep
-    if not low <= high < backbone.num_train_timesteps:
-        raise InputError(
-            f"timesteps {low} to {high}: min_timestep must not be above max_timestep, nor that above the model's last, "
-            f"{backbone.num_train_timesteps - 1}"
-        )
+        text_dim = grounding.text_dim
     set_seed(config.seed)
-    adapter, metadata = _adapter(config, backbone, taps, grounding.text_dim if grounding else backbone.text_dim)
-    encoder = Encoder(backbone, adapter.config.num_token_classes, grounding)
+    adapter = restored or DiscriminativeAdapter(
+        config.adapter, {tap.name: tap.channels for tap in taps}, backbone.pooled_dim, text_dim
+    )
+    _check_widths(adapter, backbone, text_dim)
+    adapter = adapter.to(accelerator.device)
+    encoder = Encoder(backbone, adapter.config.num_token_classes, grounding, settings.vae_batch_size)
     size = config.data.resolution or min(backbone.image_size)
-    examples = Examples(open_records(config.data, "train", size), size, config.data.data_seed)
-    validation = Validation(backbone, adapter, taps, open_records(config.data, "val", size), size)
+    examples = Examples(
+        open_records(config.data, "train", size),
+        size,
+        config.data.data_seed,
+        center_crop=config.data.center_crop,
+        random_flip=config.data.random_flip,
+    )
+    held_out = open_records(config.data, "val", size)
+    validation = Validation(backbone, adapter, taps, held_out, size, batch_size=settings.val_batch_size)
     return Setup(accelerator, backbone, taps, adapter, metadata, encoder, examples, validation)
 
 
-def make_accelerator(train: TrainConfig, model: TrainModelConfig, folder: Path) -> Accelerator:
+def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
     """Accelerate's own choice of device and processes, or the single device that `device` names.
 
     Raises:
         InputError: the device is not here, or accelerate refuses mixed_precision or report_to.
     """
-    place = resolve_device(model.device)
+    train = config.train
+    place = resolve_device(config.model.device)
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)
+    tracker = usable_tracker(train.report_to)
     try:
         accelerator = Accelerator(
-            mixed_precision=train.mixed_precision,
+            mixed_precision=train.mixed_precision,  # None = what the launcher was told
             cpu=place.type == "cpu",
-            log_with=train.report_to,
-            project_dir=str(folder),
+            log_with=tracker,
+            project_dir=str(config.folder),
         )
-        if train.report_to:
-            accelerator.init_trackers("dpt-t2i")
     except (ValueError, ImportError) as error:
         raise InputError(f"mixed_precision {train.mixed_precision}, report_to {train.report_to}: {error}") from error
+    if tracker is not None:
+        start_trackers(accelerator, config.run_name)
     return accelerator
 
 
-def _with_the_adapters_sizes(config: StageConfig) -> StageConfig:
-    """Going on from an adapter, its own sizes and grounding encoder hold, whatever the config says of new ones."""
-    source = config.model.adapter
-    if source in (None, "none"):
-        return config
-    sizes = AdapterConfig.model_validate(read_adapter_card(Path(str(source)))["adapter"])
-    return config.model_copy(update={"adapter": sizes})
+def _prepare_denoiser(backbone: Backbone, settings: TrainConfig, accelerator: Accelerator) -> None:
+    if settings.gradient_checkpointing:
+        backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # of every diffusers model
+    if settings.enable_xformers_memory_efficient_attention and accelerator.is_main_process:
+        log.info("attention runs in PyTorch's own fused kernels (SDPA); xformers is not used")
+
+
+def _check_timesteps(backbone: Backbone, settings: TrainConfig) -> None:
+    low, high = settings.min_timestep, settings.max_timestep
+    if not low <= high < backbone.num_train_timesteps:
+        raise InputError(
+            f"timesteps {low} to {high}: min_timestep must not be above max_timestep, nor that above the model's last, "
+            f"{backbone.num_train_timesteps - 1}"
+        )
+
+
+def _check_widths(adapter: DiscriminativeAdapter, backbone: Backbone, text_dim: int) -> None:
+    """An imported adapter knows no base: at least the widths of the texts that it reads must be right."""
+    if adapter.pooled_dim != backbone.pooled_dim:
+        raise InputError(
+            f"the adapter compares texts of width {adapter.pooled_dim}, base `{backbone.name}` gives "
+            f"{backbone.pooled_dim}; use the base that it was trained on"
+        )
+    if adapter.text_dim != text_dim:
+        raise InputError(
+            f"the adapter reads expressions of width {adapter.text_dim}, grounding_text "
+            f"`{adapter.config.grounding_text}` gives {text_dim}; name the encoder that it was trained with"
+        )
 
 
 def store_adapter(setup: Setup, folder: Path, **metadata: Any) -> None:
@@ -120,21 +157,3 @@ def store_adapter(setup: Setup, folder: Path, **metadata: Any) -> None:
         base_fingerprint=setup.backbone.fingerprint(),
         metadata=setup.adapter_metadata | metadata,
     )
-
-
-def _adapter(
-    config: ProbeConfig | TuneConfig, backbone: Backbone, taps: tuple[Tap, ...], text_dim: int
-) -> tuple[DiscriminativeAdapter, dict[str, Any]]:
-    """The adapter to start from, everything learned restored (`logit_scale` included), or a fresh one."""
-    source = config.model.adapter
-    device = torch.device(backbone.device)
-    if source in (None, "none"):
-        sizes = {tap.name: tap.channels for tap in taps}
-        return DiscriminativeAdapter(config.adapter, sizes, backbone.pooled_dim, text_dim).to(device), {}
-    adapter, metadata = load_adapter(Path(str(source)), device, backbone.fingerprint())
-    if list(adapter.tap_channels) != [tap.name for tap in taps]:
-        raise InputError(
-            f"adapter {source} reads tap `{'_'.join(adapter.tap_channels)}`, the config says `{config.model.tap}`; "
-            f"set tap to the adapter's"
-        )
-    return adapter, metadata

@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from dpt_t2i.errors import InputError
 
 METRICS = "metrics.jsonl"
+PROJECT = "dpt-t2i"
+
+log = logging.getLogger(__name__)
+
+
+def usable_tracker(name: str | None) -> str | None:
+    """The tracker that `report_to` names; None, with a warning, where its package is not installed.
+
+    A run of days must not fail for a missing dashboard: every figure is in `metrics.jsonl` in any case.
+
+    Raises:
+        InputError: there is no such tracker.
+    """
+    if name is None or name == "all":
+        return name
+    known = sorted(LOGGER_TYPE_TO_CLASS)
+    if name not in known:
+        raise InputError(f"report_to `{name}` is not a tracker; there are all, none, {', '.join(known)}")
+    if name not in [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]:
+        log.warning("report_to: %s is not installed; figures go to %s alone", name, METRICS)
+        return None
+    return name
+
+
+def start_trackers(accelerator: Accelerator, run_name: str) -> None:
+    """Open the trackers; one that cannot start (not logged in, no network) is left with a warning."""
+    named = {"wandb": {"name": run_name}, "trackio": {"name": run_name}} if run_name else {}
+    try:
+        accelerator.init_trackers(PROJECT, init_kwargs=named)
+    except Exception as error:  # each tracker raises kinds of its own
+        log.warning("report_to: the tracker does not start (%s); figures go to %s alone", error, METRICS)
+        accelerator.trackers = []
 
 
 class Metrics:

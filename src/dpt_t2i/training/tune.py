@@ -1,6 +1,6 @@
 """Stage 2: tuning. A LoRA on the denoiser and the adapter learn together on ITM + REC + denoising.
 
-    dpt tune --adapter runs/probe/adapter --output_dir runs/tune
+    dpt tune --adapter runs/probe --output_dir runs/tune
 
 `--objective denoise_only` trains the same LoRA on the denoising loss alone: the control arm.
 """
@@ -18,7 +18,7 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.training.engine import Job, train
 from dpt_t2i.training.objective import DenoiseObjective, TuneObjective, weights_of
 from dpt_t2i.training.on_policy import OnPolicy
-from dpt_t2i.training.probe import restore_adapter, result
+from dpt_t2i.training.probe import finish, restore_adapter, result
 from dpt_t2i.training.setup import Setup, set_up, store_adapter
 
 
@@ -50,6 +50,10 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
             restore_adapter(setup, folder)
         load_lora(setup.backbone, folder, trainable=True)
 
+    def validate() -> dict[str, float]:
+        found = setup.validation() if discriminative else {}
+        return found | setup.validation.denoising(config.denoise)
+
     figures = train(
         Job(
             objective=objective,
@@ -60,19 +64,19 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
             data=config.data,
             caption_dropout=config.denoise.caption_dropout,
             seed=config.seed,
-            output_dir=config.output_dir,
+            output_dir=config.folder,
             save_artifacts=save,
             load_artifacts=load,
-            validate=setup.validation if discriminative else dict,
+            validate=validate,
             after_step=setup.adapter.clamp_logit_scale,
             refresh=OnPolicy.of(config.loss, setup.backbone, setup.examples, config.seed) if discriminative else None,
         ),
         setup.accelerator,
     )
     if setup.accelerator.is_main_process:
-        save(config.output_dir)
-    setup.accelerator.wait_for_everyone()
-    return result(config.output_dir, figures)
+        save(config.folder)
+    finish(setup)
+    return result(config.folder, figures)
 
 
 def _put_lora(config: TuneConfig, setup: Setup) -> None:

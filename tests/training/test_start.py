@@ -1,0 +1,89 @@
+"""What `--qformer_ckpt` takes: our folders, and the release's file, by itself or in its folder."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpt_t2i.adapter.io import save_adapter
+from dpt_t2i.backbones.types import Tap
+from dpt_t2i.config import AdapterConfig
+from dpt_t2i.errors import InputError
+from dpt_t2i.training.start import restore_start
+from tests.tiny import tiny_adapter, tiny_backbone
+
+PREFIX = "checkpoint."
+RELEASED = {
+    key.removeprefix(PREFIX): tensor
+    for key, tensor in load_file(Path(__file__).parents[1] / "parity" / "adapter.safetensors").items()
+    if key.startswith(PREFIX)
+}
+HEADS = AdapterConfig(num_heads=4)
+UP1 = (Tap("up1", "up_blocks.1", 40, 4),)
+NO_BASE: Any = None  # a released checkpoint knows no base
+
+
+@pytest.mark.parametrize("inside", ["", "adapter", "run/adapter", "run/checkpoint-3/adapter"])
+def test_one_of_ours_by_any_folder_around_it(tmp_path: Path, inside: str) -> None:
+    backbone = tiny_backbone()
+    ours = tiny_adapter(backbone)
+    save_adapter(ours, tmp_path / inside, base_fingerprint=backbone.fingerprint(), metadata={"best": 0.5})
+    given = tmp_path / inside.removesuffix("/adapter").removesuffix("adapter")
+    adapter, metadata = restore_start(str(given), backbone, backbone.parse_taps("up1"), AdapterConfig())
+    assert metadata == {"best": 0.5}
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in adapter.state_dict().items())
+    with pytest.raises(InputError, match="reads tap `up1`, the config says `mid`"):
+        restore_start(str(given), backbone, backbone.parse_taps("mid"), AdapterConfig())
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_the_releases_checkpoint(tmp_path: Path, as_folder: bool, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(RELEASED, file)
+    adapter, metadata = restore_start(str(tmp_path if as_folder else file), NO_BASE, UP1, HEADS)
+    assert adapter.logit_scale.exp().item() == pytest.approx(20.0), "which the release's own loader forgets"
+    assert (adapter.config.hidden_dim, adapter.config.num_heads, adapter.config.num_queries_rec) == (64, 4, 20)
+    assert adapter.config.grounding_text == "roberta-base" and not adapter.config.normalize_features
+    assert metadata == {"imported": "pytorch_model.bin"}
+    assert "1 tensors of the denoiser's LoRA are left" in caplog.text
+
+
+def test_the_caption_encoder_that_is_named_holds(tmp_path: Path) -> None:
+    torch.save(RELEASED, tmp_path / "pytorch_model.bin")
+    settings = AdapterConfig(num_heads=4, grounding_text="my/roberta")
+    assert restore_start(str(tmp_path), NO_BASE, UP1, settings)[0].config.grounding_text == "my/roberta"
+
+
+def test_another_tap_than_it_was_trained_with(tmp_path: Path) -> None:
+    torch.save(RELEASED, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="takes 40 channels, tap mid gives 24"):
+        restore_start(str(tmp_path), NO_BASE, (Tap("mid", "mid_block", 24, 8),), HEADS)
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return print, ("this code ran",)
+
+
+def test_a_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"logit_scale": Hostile()}, file)
+    with pytest.raises(InputError, match="no whole checkpoint of tensors") as caught:
+        restore_start(str(file), NO_BASE, UP1, HEADS)
+    assert "\n" not in str(caught.value) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04half", pickle.dumps([1, 2])])
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=str(file)):
+        restore_start(str(file), NO_BASE, UP1, HEADS)
+
+
+def test_a_folder_with_nothing_in_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no adapter in"):
+        restore_start(str(tmp_path), tiny_backbone(), UP1, HEADS)
