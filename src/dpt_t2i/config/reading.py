@@ -19,6 +19,10 @@ ALIASES = {  # other names that users know -> leaf
     "correction_factor": "correct",
     "lora_rank": "rank",
     "num_inference_steps": "steps",
+    "base": "pretrained_model_name_or_path",
+    "out": "output_dir",
+    "nheads": "num_heads",
+    "text_encoder_type": "grounding_text",
 }
 
 

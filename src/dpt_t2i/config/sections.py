@@ -33,7 +33,9 @@ class ModelConfig(Section):
 class TrainModelConfig(ModelConfig):
     lora: str | None = Field("none", description="LoRA to start from; `none` = plain base")
     adapter: str | None = Field("none", description="adapter folder to start from (stage 2 needs that of stage 1)")
-    tap: str = Field("up1", description="block whose features are read; join several with `_`")
+    tap: str = Field(
+        "up1", description="block whose features are read; join several with `_`, or `all-<channels>-<size>`"
+    )
 
 
 class AdapterConfig(Section):
@@ -50,6 +52,12 @@ class AdapterConfig(Section):
     contrastive_dim: Positive = Field(64, description="width of the contrastive alignment")
     num_token_classes: Positive = Field(255, description="token positions of the soft-token classifier")
     normalize_features: bool = Field(True, description="normalise the map before the projection (the release does not)")
+    fusion_channels: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="width at which several taps are summed before the projection; tap `all-<channels>-<size>`"
+    )
+    fusion_size: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="side of the square map that they are summed at; tap `all-<channels>-<size>`"
+    )
     grounding_text: str = Field(
         "denoiser", description="`denoiser` = the T2I model's own text encoder, or a RoBERTa folder / hub id"
     )

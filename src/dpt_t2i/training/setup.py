@@ -15,6 +15,7 @@ from dpt_t2i.adapter.io import load_adapter, read_adapter_card, save_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import load_backbone, resolve_device
+from dpt_t2i.backbones.taps import parse_fusion
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import AdapterConfig, ProbeConfig, TrainConfig, TrainModelConfig, TuneConfig, save_config
 from dpt_t2i.data.examples import Examples
@@ -127,14 +128,18 @@ def _adapter(
 ) -> tuple[DiscriminativeAdapter, dict[str, Any]]:
     """The adapter to start from, everything learned restored (`logit_scale` included), or a fresh one."""
     source = config.model.adapter
-    device = torch.device(backbone.device)
+    device, fusion = torch.device(backbone.device), parse_fusion(config.model.tap)
     if source in (None, "none"):
         sizes = {tap.name: tap.channels for tap in taps}
-        return DiscriminativeAdapter(config.adapter, sizes, backbone.pooled_dim, text_dim).to(device), {}
+        fused = config.adapter
+        if fusion is not None:
+            fused = fused.model_copy(update={"fusion_channels": fusion[0], "fusion_size": fusion[1]})
+        return DiscriminativeAdapter(fused, sizes, backbone.pooled_dim, text_dim).to(device), {}
     adapter, metadata = load_adapter(Path(str(source)), device, backbone.fingerprint())
-    if list(adapter.tap_channels) != [tap.name for tap in taps]:
+    names = [tap.name for tap in taps]
+    if list(adapter.tap_channels) != names or parse_fusion(adapter.tap_text) != fusion:
         raise InputError(
-            f"adapter {source} reads tap `{'_'.join(adapter.tap_channels)}`, the config says `{config.model.tap}`; "
+            f"adapter {source} reads tap `{adapter.tap_text}`, the config says `{config.model.tap}`; "
             f"set tap to the adapter's"
         )
     return adapter, metadata
