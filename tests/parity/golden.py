@@ -46,24 +46,24 @@ def checkpoint() -> OfficialParts:
 
 
 @cache
-def _backbone() -> StableDiffusionBackbone:
+def model() -> StableDiffusionBackbone:
+    """The tiny SD 1.4-shaped model, one for all tests; with or without LoRA, as `backbone` last left it."""
     return load_backbone(SHARED / "sd", device="cpu")
 
 
 def backbone(lora: bool) -> StableDiffusionBackbone:
-    """The tiny SD 1.4-shaped model; one for all tests, its LoRA put on or taken off."""
-    model = _backbone()
+    """The tiny model with the golden LoRA put on, or taken off."""
     if lora:
-        place_lora(model, checkpoint().lora, "golden")
+        place_lora(model(), checkpoint().lora, "golden")
     else:
-        remove_lora(model)
-    return model
+        remove_lora(model())
+    return model()
 
 
 def adapter(tap: str = "up1", own: dict[str, Tensor] | None = None) -> DiscriminativeAdapter:
     """The golden adapter as the importer builds it; `own` replaces tensors of the checkpoint."""
-    taps = _backbone().parse_taps(tap)
-    state = checkpoint().adapter | (own or {})
+    taps = model().parse_taps(tap)
+    state = {key: value.clone() for key, value in (checkpoint().adapter | (own or {})).items()}  # a test may train it
     channels = {one.name: one.channels for one in taps}
     return adapter_from_official(state, channels, fusion=parse_fusion(tap), num_heads=HEADS)[0]
 
