@@ -324,6 +324,13 @@ command(evaluate, "alignment", settings.AlignmentConfig, "dpt_t2i.report:evaluat
 command(evaluate, "itm", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_itm")
 command(evaluate, "rec", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_rec")
 app.add_typer(scenes, name="scenes")
+command(
+    app,
+    "import-official",
+    settings.ImportOfficialConfig,
+    "dpt_t2i.training.official:run_import",
+    {"checkpoint": (Path, "the release's pytorch_model.bin, or the folder that holds it")},
+)
 command(app, "doctor", settings.DoctorConfig, "dpt_t2i.doctor:run_doctor")
 
 Count = Annotated[int, typer.Option("--n", min=1, help="number of scenes")]

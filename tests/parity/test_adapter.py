@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from dpt_t2i.adapter.encodings import TimestepEncoding
 from dpt_t2i.adapter.model import DiscriminativeAdapter
-from dpt_t2i.adapter.official import adapter_from_official, adapter_state_from_official
+from dpt_t2i.adapter.official import adapter_from_official, adapter_state_from_official, sort_official
 from dpt_t2i.adapter.postprocess import rank_boxes
 from dpt_t2i.adapter.types import AdapterOutput
 from dpt_t2i.backbones.types import Features
@@ -22,6 +22,7 @@ def checkpoint(tap: str) -> dict[str, torch.Tensor]:
     prefix = "checkpoint."
     state = {key.removeprefix(prefix): tensor for key, tensor in GOLDEN.items() if key.startswith(prefix)}
     own = f"{tap}.own."
+    state = sort_official(state).adapter
     return state | {key.removeprefix(own): tensor for key, tensor in GOLDEN.items() if key.startswith(own)}
 
 

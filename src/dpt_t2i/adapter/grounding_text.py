@@ -5,11 +5,13 @@ With `grounding_text: denoiser` nothing here is used: the token states are those
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpt_t2i.errors import InputError
@@ -71,3 +73,37 @@ def load_grounding_text(
     if not tokenizer.is_fast:
         raise InputError(f"grounding_text `{name_or_path}` has no fast tokenizer, so spans cannot be placed on tokens")
     return GroundingTextEncoder(encoder.to(device), tokenizer, text_dim=encoder.config.hidden_size)
+
+
+def save_tuned_grounding_text(state: Mapping[str, Tensor], trained_from: str, folder: Path) -> bool:
+    """Write a tuned encoder as a folder that `load_grounding_text` reads.
+
+    Args:
+        state: its weights under transformers' own names.
+        trained_from: folder or hub id of the encoder that it started from, which gives sizes and tokenizer.
+
+    Returns:
+        False where `trained_from` is not to be had: the weights are written all the same, alone.
+
+    Raises:
+        InputError: the weights are not those of such an encoder.
+    """
+    try:
+        start = load_grounding_text(trained_from, torch.device("cpu"))
+    except InputError:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors")
+        return False
+    wanted = start.encoder.state_dict()
+    for key in sorted({*wanted, *state}):
+        shapes = tuple(tuple(table[key].shape) if key in table else "nothing" for table in (state, wanted))
+        if shapes[0] != shapes[1] and key not in ("embeddings.position_ids", "embeddings.token_type_ids"):
+            raise InputError(
+                f"tuned grounding encoder: `{key}` is {shapes[0]} in the checkpoint, {shapes[1]} in `{trained_from}`; "
+                "name the encoder that it was trained from"
+            )
+    start.encoder.load_state_dict(dict(state), strict=False)
+    encoder: Any = start.encoder
+    encoder.save_pretrained(folder)
+    start.tokenizer.save_pretrained(folder)
+    return True

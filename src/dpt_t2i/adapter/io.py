@@ -22,6 +22,7 @@ from dpt_t2i.errors import InputError
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FORMAT_VERSION = 1
+OWN_GROUNDING_TEXT = "./grounding_text"  # `adapter.grounding_text` of an adapter that carries its own encoder
 
 
 def save_adapter(
@@ -100,6 +101,8 @@ def adapter_folder(path: Path) -> Path:
 def read_adapter_card(folder: Path) -> dict[str, Any]:
     """Everything of `config.json`: adapter, tap_channels, pooled_dim, text_dim, base, versions, metadata.
 
+    A grounding encoder that lies inside the folder is named by its full path.
+
     Raises:
         InputError: no adapter there, not JSON, an entry missing, or a newer format.
     """
@@ -118,6 +121,8 @@ def read_adapter_card(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} has format {card['format_version']}, this version reads {FORMAT_VERSION}; upgrade dpt-t2i"
         )
+    if isinstance(card["adapter"], dict) and card["adapter"].get("grounding_text") == OWN_GROUNDING_TEXT:
+        card["adapter"]["grounding_text"] = str((Path(folder) / OWN_GROUNDING_TEXT).resolve())
     return dict(card)
 
 

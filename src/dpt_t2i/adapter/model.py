@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ class DiscriminativeAdapter(nn.Module):
     """Reads the maps of one or several taps with matching and grounding queries (DETR-style, post-norm).
 
     Each map has its own 1x1 projection to width d; several are brought to the largest one's size and summed, which is
-    what one projection of their concatenation would give.
+    what one projection of their concatenation would give. With `fusion_channels` and `fusion_size` it is the release's
+    `all-<channels>-<size>` instead: maps projected to that width, at that size, summed, and the sum projected to d.
 
     Args:
         config: sizes. `hidden_dim` must be a multiple of 4 and of `num_heads`.
@@ -48,9 +49,10 @@ class DiscriminativeAdapter(nn.Module):
         self.feature_norms = nn.ModuleDict(
             {_module_name(tap): _feature_norm(channels, config) for tap, channels in tap_channels.items()}
         )
-        self.projections = nn.ModuleDict(
-            {_module_name(tap): nn.Conv2d(channels, dim, kernel_size=1) for tap, channels in tap_channels.items()}
-        )
+        self.projections = _projections(config, tap_channels)
+        self.fusion_projection: nn.Module = nn.Identity()
+        if config.fusion_channels is not None:
+            self.fusion_projection = nn.Conv2d(config.fusion_channels, dim, kernel_size=1)
         self.timestep_encoding = TimestepEncoding(dim)
         self.queries = nn.Embedding(config.num_queries_matching + config.num_queries_rec, dim)  # matching ones first
         self.transformer = Transformer(
@@ -98,8 +100,14 @@ class DiscriminativeAdapter(nn.Module):
         """To be called after an optimiser step, as CLIP does: beyond the limit the forward's clamp has no gradient."""
         self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
+    @property
+    def tap_text(self) -> str:
+        """The taps as `parse_taps` and `parse_fusion` read them: `bottom0_up1`, or `bottom0_up1-40-12` where fused."""
+        size = self.config.fusion_size
+        return "_".join(self.tap_channels) + (f"-{self.config.fusion_channels}-{size}" if size else "")
+
     def _fuse(self, features: Features) -> Tensor:
-        """Normalise, project and sum the taps' maps -> `[B, d, h, w]` of the largest map."""
+        """Normalise, project and sum the taps' maps -> `[B, d, h, w]` of the largest map, or of `fusion_size`."""
         projected: list[Tensor] = []
         for tap, channels in self.tap_channels.items():
             feature_map = features.maps.get(tap)
@@ -110,12 +118,30 @@ class DiscriminativeAdapter(nn.Module):
             normed = self.feature_norms[_module_name(tap)](feature_map.to(self.queries.weight.dtype))
             projected.append(projection(normed))
         # A 1x1 projection and an interpolation commute: projecting first interpolates the fewer channels.
-        size = max((tuple(one.shape[-2:]) for one in projected), key=math.prod)
-        resized = (
-            one if one.shape[-2:] == size else F.interpolate(one, size=size, mode="bilinear", align_corners=False)
-            for one in projected
-        )
-        return torch.stack(list(resized)).sum(dim=0)
+        fused: Tensor = self.fusion_projection(torch.stack(_of_one_size(projected, self.config.fusion_size)).sum(dim=0))
+        return fused
+
+
+def _of_one_size(maps: Sequence[Tensor], side: int | None) -> list[Tensor]:
+    """All maps at the size of the largest, bilinear; or at `side` x `side`, nearest, as the release's fusion."""
+    if side is not None:
+        return [F.interpolate(one, size=(side, side)) for one in maps]
+    size = max((tuple(one.shape[-2:]) for one in maps), key=math.prod)
+    return [
+        one if one.shape[-2:] == size else F.interpolate(one, size=size, mode="bilinear", align_corners=False)
+        for one in maps
+    ]
+
+
+def _projections(config: AdapterConfig, tap_channels: Mapping[str, int]) -> nn.ModuleDict:
+    """A 1x1 convolution a tap. Summed to width d they share one bias, the first one's, like a single projection."""
+    width = config.fusion_channels or config.hidden_dim
+    return nn.ModuleDict(
+        {
+            _module_name(tap): nn.Conv2d(channels, width, 1, bias=index == 0 or config.fusion_channels is not None)
+            for index, (tap, channels) in enumerate(tap_channels.items())
+        }
+    )
 
 
 def _feature_norm(channels: int, config: AdapterConfig) -> nn.Module:
@@ -134,3 +160,5 @@ def _check_sizes(config: AdapterConfig, tap_channels: Mapping[str, int]) -> None
         raise InputError(
             f"hidden_dim {config.hidden_dim} must be a multiple of 4 and of num_heads ({config.num_heads})"
         )
+    if (config.fusion_channels is None) != (config.fusion_size is None):
+        raise InputError("fusion_channels and fusion_size belong together; set tap to `all-<channels>-<size>` instead")

@@ -170,13 +170,34 @@ def load_lora(backbone: Backbone, path: Path, trainable: bool = False) -> dict[s
     ours: dict[str, Any] = json.loads(header.get(HEADER_KEY, "{}"))
     if "base" in ours:
         check_fingerprint(ours["base"], backbone.fingerprint(), f"LoRA {file}")
-    try:
-        state, alphas = _known_names(backbone, raw)
-    except (ValueError, KeyError) as error:  # kohya's names of another family
-        raise InputError(f"LoRA {file}: its keys are unknown to `{backbone.name}` ({error})") from error
-    peft_state = _checked(backbone, state, file, ours.get("base", {}).get("name", "unknown"))
-    remove_lora(backbone)
     described = json.loads(header[DIFFUSERS_HEADER_KEY]) if DIFFUSERS_HEADER_KEY in header else None
+    place_lora(backbone, raw, str(file), ours.get("base", {}).get("name", "unknown"), described, trainable)
+    return ours
+
+
+def place_lora(
+    backbone: Backbone,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    made_for: str = "unknown",
+    described: Mapping[str, Any] | None = None,
+    trainable: bool = False,
+) -> None:
+    """Put LoRA tensors of any of the key names on the denoiser, float32 and exactly as given.
+
+    Args:
+        source, made_for: where they come from and the base they were made for, named in messages.
+        described: diffusers' own entry of the file's header; without it and without alphas the scale is 1.
+
+    Raises:
+        InputError: keys or shapes that the denoiser does not know, half a pair, or a NaN.
+    """
+    try:
+        state, alphas = _known_names(backbone, tensors)
+    except (ValueError, KeyError) as error:  # kohya's names of another family
+        raise InputError(f"LoRA {source}: its keys are unknown to `{backbone.name}` ({error})") from error
+    peft_state = _checked(backbone, state, source, made_for)
+    remove_lora(backbone)
     denoiser: Any = backbone.denoiser
     if peft_only.has_lora_methods(denoiser):
         # diffusers works out ranks and alphas; the values are set again below, as it rounds them to the base's dtype.
@@ -193,7 +214,6 @@ def load_lora(backbone: Backbone, path: Path, trainable: bool = False) -> dict[s
     set_peft_model_state_dict(denoiser, peft_state, adapter_name=ADAPTER_NAME)
     for parameter in parameters:
         parameter.requires_grad_(trainable)
-    return ours
 
 
 def _to_float32(backbone: Backbone) -> list[nn.Parameter]:
@@ -266,7 +286,7 @@ def _known_names(backbone: Backbone, raw: Mapping[str, Tensor]) -> tuple[dict[st
     return state, alphas or {}
 
 
-def _checked(backbone: Backbone, state: Mapping[str, Tensor], file: Path, made_for: str) -> dict[str, Tensor]:
+def _checked(backbone: Backbone, state: Mapping[str, Tensor], file: str, made_for: str) -> dict[str, Tensor]:
     """PEFT-named tensors, after making sure that each one has its place and its other half in the denoiser."""
     modules: dict[str, Any] = dict(backbone.denoiser.named_modules())
     peft_state: dict[str, Tensor] = {}
@@ -276,6 +296,8 @@ def _checked(backbone: Backbone, state: Mapping[str, Tensor], file: Path, made_f
         module = modules.get(name)
         if not half or not key.startswith(f"{backbone.denoiser_key}.") or module is None:
             raise InputError(f"LoRA {file}, made for base `{made_for}`: key `{key}` is unknown to `{backbone.name}`")
+        if value.ndim != 2:
+            raise InputError(f"LoRA {file}: `{key}` has shape {tuple(value.shape)}, not two dimensions")
         weight = module.weight
         wanted = weight.shape[1] if half == ".lora_A." else weight.shape[0]
         got = value.shape[1] if half == ".lora_A." else value.shape[0]
@@ -288,6 +310,9 @@ def _checked(backbone: Backbone, state: Mapping[str, Tensor], file: Path, made_f
         other = key.replace(".lora_A.", ".lora_B.") if ".lora_A." in key else key.replace(".lora_B.", ".lora_A.")
         if other not in peft_state:
             raise InputError(f"LoRA {file} has `{key}` but not `{other}`: it is incomplete; fetch it again")
+        down, up = (peft_state[key], peft_state[other]) if ".lora_A." in key else (peft_state[other], peft_state[key])
+        if down.shape[0] != up.shape[1]:
+            raise InputError(f"LoRA {file}: `{key}` and `{other}` have ranks {down.shape[0]} and {up.shape[1]}")
     if not all(math.isfinite(float(value.abs().max())) for value in peft_state.values()):
         raise InputError(f"LoRA {file} holds NaN or infinite values; take an earlier checkpoint")
     return peft_state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -13,12 +14,15 @@ from dpt_t2i.backbones.types import Tap
 from dpt_t2i.errors import InputError
 
 SELECTS: tuple[Literal["first", "second"], ...] = ("first", "second")  # places in a tuple, as `Tap.select` names them
+FUSION = re.compile(r"(?P<taps>.+)-(?P<channels>[1-9]\d*)-(?P<side>[1-9]\d*)")
 
 
 def parse_taps(
     text: str, table: Mapping[str, Tap], inner: Callable[[str], Tap | None] | None = None
 ) -> tuple[Tap, ...]:
-    """The taps named in `text`: names of `table` and dotted module paths, joined with `_` (`bottom0_up1`).
+    """The taps named in `text`: names of `table` and dotted module paths, joined with `_` (`bottom0_up1`), or `all`.
+
+    A fusion behind them (`all-40-12`, see `parse_fusion`) is the adapter's business and is left out here.
 
     Args:
         inner: finds the tap of a dotted path, or None where the denoiser has no such module. Paths hold underscores
@@ -27,7 +31,11 @@ def parse_taps(
     Raises:
         InputError: a name is unknown (names the nearest) or comes twice.
     """
-    parts = text.strip().split("_")
+    fused = FUSION.fullmatch(text.strip())
+    named = fused["taps"] if fused else text.strip()
+    if named == "all":
+        return tuple(table.values())
+    parts = named.split("_")
     found: list[Tap] = []
     start = 0
     while start < len(parts):
@@ -43,6 +51,15 @@ def parse_taps(
     if len(set(names)) < len(names):
         raise InputError(f"tap `{text}` names a block twice; give each once")
     return tuple(found)
+
+
+def parse_fusion(text: str) -> tuple[int, int] | None:
+    """(channels, side) of a fused tap such as the release's `all-1280-8`; None for taps that are simply joined.
+
+    The maps of all named taps are projected to so many channels, brought to side x side and summed.
+    """
+    fused = FUSION.fullmatch(text.strip())
+    return (int(fused["channels"]), int(fused["side"])) if fused else None
 
 
 def pick_map(output: Any, tap: Tap, sides: tuple[int, int] | None = None) -> Tensor:

@@ -155,3 +155,18 @@ class DoctorConfig(Section):
     """What this machine offers, and whether the model loads on it."""
 
     model: ModelConfig = ModelConfig()
+
+
+class ImportOfficialConfig(Section):
+    """Turn a checkpoint of the authors' release into our adapter folder and LoRA file."""
+
+    pretrained_model_name_or_path: str = Field(
+        "bundled", description="base that the checkpoint was trained on: diffusers folder or hub id"
+    )
+    revision: str | None = Field(None, description="git revision of a hub model")
+    tap: str = Field("up1", description="the release's feature: a block, several joined with `_`, or all-CHANNELS-SIZE")
+    num_heads: Positive = Field(8, description="attention heads of the adapter; the checkpoint does not tell")
+    num_queries_matching: Positive = Field(10, description="matching queries; the checkpoint does not tell")
+    grounding_text: str = Field("roberta-base", description="caption encoder of grounding: RoBERTa folder or hub id")
+    device: str = Field("cpu", description="auto, cpu, cuda, cuda:1, mps")
+    output_dir: Path = Field(Path("runs/official"), description="folder for adapter/ and the LoRA file")

@@ -33,6 +33,8 @@ ALIASES = {  # other names that users know -> leaf; of the release's flags those
     "gpuid": "device",
     "gpu": "device",
     "outdir": "output_dir",
+    "base": "pretrained_model_name_or_path",
+    "out": "output_dir",
 }
 
 

@@ -39,7 +39,9 @@ class TrainModelConfig(ModelConfig):
         description="start from this adapter (stage 2 needs that of stage 1): an adapter or run folder, or the "
         "pytorch_model.bin of the release",
     )
-    tap: str = Field("up1", description="block whose features are read; join several with `_`")
+    tap: str = Field(
+        "up1", description="block whose features are read; join several with `_`, or `all-<channels>-<size>`"
+    )
 
 
 class AdapterConfig(Section):
@@ -58,6 +60,12 @@ class AdapterConfig(Section):
     normalize_features: bool = Field(True, description="normalise the map before the projection (the release does not)")
     position_values: bool = Field(
         False, description="add place and timestep to the features too, as in the paper's figure; the release does not"
+    )
+    fusion_channels: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="width at which several taps are summed before the projection; tap `all-<channels>-<size>`"
+    )
+    fusion_size: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="side of the square map that they are summed at; tap `all-<channels>-<size>`"
     )
     grounding_text: str = Field(
         "denoiser", description="`denoiser` = the T2I model's own text encoder, or a RoBERTa folder / hub id"

@@ -16,6 +16,7 @@ from dpt_t2i.adapter.io import save_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import load_backbone, resolve_device
+from dpt_t2i.backbones.taps import parse_fusion
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import ProbeConfig, TrainConfig, TuneConfig, save_config
 from dpt_t2i.data.examples import Examples
@@ -63,11 +64,14 @@ def set_up(config: StageConfig) -> Setup:
     backbone = load_backbone(model.pretrained_model_name_or_path, model.revision, str(accelerator.device), model.dtype)
     _prepare_denoiser(backbone, settings, accelerator)
     _check_timesteps(backbone, settings)
-    taps = backbone.parse_taps(model.tap)
+    taps, fusion = backbone.parse_taps(model.tap), parse_fusion(model.tap)
     restored, metadata = None, dict[str, Any]()
     if model.adapter not in (None, "none"):
-        restored, metadata = restore_start(str(model.adapter), backbone, taps, config.adapter)
+        restored, metadata = restore_start(str(model.adapter), backbone, model.tap, config.adapter)
         config = config.model_copy(update={"adapter": restored.config})  # its own sizes hold, whatever was asked for
+    elif fusion is not None:
+        fused = {"fusion_channels": fusion[0], "fusion_size": fusion[1]}
+        config = config.model_copy(update={"adapter": config.adapter.model_copy(update=fused)})
     if accelerator.is_main_process:
         save_config(config, config.folder / "config.yaml")
     grounding, text_dim = None, backbone.text_dim
