@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpt_t2i.backbones import latents as vae_latents
 from dpt_t2i.backbones import text as clip_text
-from dpt_t2i.backbones.fingerprint import weights_hash
+from dpt_t2i.backbones.fingerprint import part_hashes, weights_hash
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.noising import Noising
 from dpt_t2i.backbones.reader import read_maps, read_output
@@ -178,7 +178,12 @@ class StableDiffusionBackbone:
             "text_width": self.text_dim,
             "prediction_type": self.prediction_type,
         }
-        return {"architecture": architecture, "name": self.name, "weights": weights_hash(self.denoiser)}
+        return {
+            "architecture": architecture,
+            "name": self.name,
+            "weights": weights_hash(self.denoiser),
+            "parts": part_hashes(self.pipeline),
+        }
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         prediction: Tensor = self.denoiser(

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from dpt_t2i.adapter.grounding_text import load_grounding_text
 from dpt_t2i.adapter.io import load_adapter, read_adapter_card, save_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.backbones.fingerprint import lora_hash
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import load_backbone, resolve_device
 from dpt_t2i.backbones.types import Tap
@@ -113,11 +114,11 @@ def _with_the_adapters_sizes(config: StageConfig) -> StageConfig:
 
 
 def store_adapter(setup: Setup, folder: Path, **metadata: Any) -> None:
-    """Write the adapter with what it needs to be used again: taps, base, and what the recipe adds."""
+    """Write the adapter with what it needs to be used again: taps, base, LoRA, and what the recipe adds."""
     save_adapter(
         setup.adapter,
         folder,
-        base_fingerprint=setup.backbone.fingerprint(),
+        base_fingerprint={**setup.backbone.fingerprint(), "lora": lora_hash(setup.backbone.denoiser)},
         metadata=setup.adapter_metadata | metadata,
     )
 
