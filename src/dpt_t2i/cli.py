@@ -287,6 +287,7 @@ command(evaluate, "alignment", settings.AlignmentConfig, "dpt_t2i.evaluation.com
 command(evaluate, "itm", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_itm")
 command(evaluate, "rec", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_rec")
 app.add_typer(scenes, name="scenes")
+command(app, "export", settings.ExportConfig, "dpt_t2i.publish.export:run_export")
 command(app, "doctor", settings.DoctorConfig, "dpt_t2i.doctor:run_doctor")
 
 Count = Annotated[int, typer.Option("--n", min=1, help="number of scenes")]

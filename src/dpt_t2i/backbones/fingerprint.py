@@ -76,8 +76,10 @@ def check_fingerprint(made_for: Mapping[str, Any], actual: Mapping[str, Any], wh
 
 def _differing_parts(made_for: Mapping[str, Any], actual: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Part -> its two hashes, where both sides know them and they differ."""
-    theirs = {"denoiser": made_for.get("weights"), **made_for.get("parts", {})}
-    ours = {"denoiser": actual.get("weights"), **actual.get("parts", {})}
+    theirs, ours = (
+        {**({"denoiser": one["weights"]} if "weights" in one else {}), **one.get("parts", {})}
+        for one in (made_for, actual)
+    )
     return {part: (theirs[part], ours[part]) for part in theirs if part in ours and theirs[part] != ours[part]}
 
 

@@ -161,7 +161,7 @@ def load_lora(backbone: Backbone, path: Path, trainable: bool = False) -> dict[s
     if "base" in ours:
         check_fingerprint(ours["base"], backbone.fingerprint(), f"LoRA {file}")
     key = backbone.denoiser_key
-    read = read_lora(file, {key: backbone.denoiser}, backbone.name, _diffusers_reader(backbone.pipeline))
+    read = read_lora(file, {key: backbone.denoiser}, backbone.name, diffusers_reader(backbone.pipeline))
     layers = {name.removeprefix(f"{key}."): layer for name, layer in read.layers.items()}
     remove_lora(backbone)
     denoiser: Any = backbone.denoiser
@@ -194,8 +194,12 @@ def _config_of(layers: Mapping[str, LoraLayer]) -> LoraConfig:
     )
 
 
-def _diffusers_reader(pipeline: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
-    """diffusers' own reading of foreign names (kohya's and others' for DiT families), None where it has none."""
+def diffusers_reader(pipeline: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+    """diffusers' own reading of foreign names (kohya's and others' for DiT families), None where a family has none.
+
+    Args:
+        pipeline: a diffusers pipeline or its class.
+    """
     read = getattr(pipeline, "lora_state_dict", None)
     if read is None:
         return None

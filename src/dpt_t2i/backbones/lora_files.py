@@ -30,7 +30,7 @@ from dpt_t2i.errors import InputError
 
 HEADER_KEY = "dpt"  # our entry of the header: config, base, versions
 DIFFUSERS_HEADER_KEY = "lora_adapter_metadata"
-KOHYA_PREFIXES = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
+KOHYA_PREFIXES = {"unet": "lora_unet"}  # DiT families have other names there, which diffusers reads
 
 _KEY = re.compile(
     r"(?P<owner>.+?)"
@@ -119,38 +119,37 @@ def read_lora(
     return LoraFile(file, layers, ours)
 
 
-def kohya_name(part: str, module: str, single_text_encoder: bool) -> str:
-    """kohya's stem of a module: `lora_unet_mid_block_...`; the one text encoder of SD 1 and 2 is `lora_te`."""
-    prefixes = KOHYA_PREFIXES[part]
-    return f"{prefixes[0] if single_text_encoder else prefixes[-1]}_{module.replace('.', '_')}"
+def kohya_name(part: str, module: str) -> str:
+    """kohya's stem of a U-Net's module: `lora_unet_mid_block_attentions_0_...`."""
+    return f"{KOHYA_PREFIXES[part]}_{module.replace('.', '_')}"
 
 
 def _names_of(parts: Mapping[str, nn.Module]) -> dict[str, str]:
     """Every name under which a file may speak of a module -> `part.module`."""
     names: dict[str, str] = {}
     for part, root in parts.items():
-        attentions = 1 + len(
-            {name for name, _ in root.named_modules() if re.fullmatch(r"down_blocks\.0\.resnets\.\d+", name)}
-        )
-        for module, owner in root.named_modules():
-            if isinstance(weight := getattr(owner, "weight", None), Tensor) and weight.ndim > 1:
-                names |= dict.fromkeys(_aliases(part, module, attentions), f"{part}.{module}")
+        modules = dict(root.named_modules())
+        # each level of a U-Net has its resnets and one more place: the downsampler, or one more resnet on the way up
+        places = 1 + sum(bool(re.fullmatch(r"down_blocks\.0\.resnets\.\d+", name)) for name in modules)
+        for name, module in modules.items():
+            if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim > 1:
+                names |= dict.fromkeys(_aliases(part, name, places), f"{part}.{name}")
     return names
 
 
-def _aliases(part: str, module: str, blocks_a_level: int) -> Iterator[str]:
+def _aliases(part: str, module: str, places: int) -> Iterator[str]:
     yield f"{part}.{module}"
     if part in ("unet", "transformer"):
         yield f"base_model.model.{module}"
     if leaf := _PROCESSOR_LEAF.fullmatch(module):
         yield f"{part}.{leaf[1]}.processor.{leaf[2]}"
-    for prefix in KOHYA_PREFIXES.get(part, ()):
-        yield f"{prefix}_{module.replace('.', '_')}"
-        if original := _original_name(module, blocks_a_level):
-            yield f"{prefix}_{original.replace('.', '_')}"
+    if part in KOHYA_PREFIXES:
+        yield kohya_name(part, module)
+        if original := _original_name(module, places):
+            yield kohya_name(part, original)
 
 
-def _original_name(module: str, blocks_a_level: int) -> str | None:
+def _original_name(module: str, places: int) -> str | None:
     """The original Stable Diffusion code's name of a module inside an attention block.
 
     Its `input_blocks` are numbered through: 0 is the first convolution, then for each level its blocks and one
@@ -161,7 +160,7 @@ def _original_name(module: str, blocks_a_level: int) -> str | None:
     side, level, index, rest = found.groups()
     if side == "mid":
         return f"middle_block.1.{rest}"
-    number = int(level) * blocks_a_level + int(index)
+    number = int(level) * places + int(index)
     return f"input_blocks.{number + 1}.1.{rest}" if side == "down" else f"output_blocks.{number}.1.{rest}"
 
 
