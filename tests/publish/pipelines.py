@@ -87,7 +87,8 @@ def sd2() -> Any:
     pipeline = tiny_pipeline("v_prediction")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = {**pipeline.unet.config, "use_linear_projection": True}
+        config = {key: value for key, value in pipeline.unet.config.items() if key != "_use_default_values"}
+        config["use_linear_projection"] = True
         pipeline.register_modules(unet=UNet2DConditionModel.from_config(config).eval())
     return pipeline
 

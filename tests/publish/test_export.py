@@ -169,7 +169,8 @@ def test_merged_is_a_stock_model_and_holds_the_adapter_for_it(
 def test_merged_sdxl(tmp_path: Path) -> None:
     made = make("sdxl", tmp_path)
     export(made.base, made.lora, tmp_path / "out", "merged")
-    np.testing.assert_allclose(image_of(stock(tmp_path / "out")), made.image, atol=1e-5)
+    # (W + BA) x and W x + B (A x) round differently: 1.7e-5 was seen
+    np.testing.assert_allclose(image_of(stock(tmp_path / "out")), made.image, atol=5e-5)
 
 
 @pytest.mark.parametrize("name", ["flux", "pixart"])
@@ -212,6 +213,7 @@ def test_what_cannot_be_exported_is_one_line(sd1: Family, tmp_path: Path) -> Non
         export(sd1.base, sd1.lora, tmp_path / "out", "diffusers", adapter=str(tmp_path))
     with pytest.raises(InputError, match="cannot read .*nothing.json"):
         export(sd1.base, sd1.lora, tmp_path / "out", "diffusers", itm=str(tmp_path / "nothing.json"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(sd1: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,8 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     chosen, adapter = choose_artifacts(model.pretrained_model_name_or_path, model.lora, model.adapter, model.revision)
     if chosen is None:
         raise InputError(f"there is no LoRA to export: base `{base.name}` ships none; give --lora")
+    if adapter is not None:
+        _adapter_card(adapter)  # refused before anything is written
     lora = read_lora(
         lora_file(chosen), {base.denoiser_key: base.denoiser}, base.name, diffusers_reader(base.lora_reader())
     )
@@ -106,7 +108,8 @@ def write_merged(
     for name, layer in lora.layers.items():
         weight: Any = denoiser.get_submodule(name.removeprefix(f"{base.denoiser_key}.")).weight
         weight.data += change_of(layer).to(weight.dtype)
-    pipeline.to(dtype=dtype)
+    if dtype != torch.float32:
+        pipeline.to(dtype=dtype)
     unfinished = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     pipeline.save_pretrained(unfinished)
@@ -130,20 +133,25 @@ def copy_adapter(source: Path, target: Path, base: Mapping[str, Any] | None = No
 
     Args:
         base: entries of its base's fingerprint that are others now.
-
-    Raises:
-        InputError: `source` is no adapter.
     """
-    try:
-        card = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        card = public(card) | {"base": {**public(card["base"]), **(base or {})}}
-        if source.resolve() != target.resolve():
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{source} is no adapter folder ({error}); give the one that `dpt probe` wrote") from error
+    card = _adapter_card(source)
+    card["base"] |= base or {}
+    if source.resolve() != target.resolve():
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
     (target / ADAPTER_CONFIG).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     return [target / ADAPTER_WEIGHTS, target / ADAPTER_CONFIG]
+
+
+def _adapter_card(folder: Path) -> dict[str, Any]:
+    """What an adapter's `config.json` says, fit to be published. Raises `InputError` where there is no adapter."""
+    try:
+        card = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise FileNotFoundError(f"{ADAPTER_WEIGHTS} is missing")
+        return {**public(card), "base": dict(public(card["base"]))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} is no adapter folder ({error}); give the one that `dpt probe` wrote") from error
 
 
 def _check_base(lora: LoraFile, base: BaseModel, hashes: Mapping[str, Any] | None = None) -> None:
