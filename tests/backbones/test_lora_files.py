@@ -169,6 +169,8 @@ def test_names_that_only_diffusers_knows_are_asked_of_it(tmp_path):
         (pair(), {"unet.r": 8, "unet.lora_alpha": 8}, "has rank 2 down and 2 up, its header says 8"),
         (pair() | {f"unet.{PATH}to_q.lora.up.weight": torch.ones(5, 3)}, None, "has rank 2 down and 3 up"),
         (pair() | {f"unet.{PATH}to_q.lora.up.weight": torch.ones(4, 2)}, None, "up is 4 wide, `tiny` needs 5"),
+        (pair() | {f"unet.{PATH}to_q.lora.up.weight": torch.ones(5)}, None, "up is 5 wide, `tiny` needs 5"),
+        (pair() | {f"unet.{PATH}to_q.lora.down.weight": torch.tensor(1.0)}, None, "down is"),
         (pair() | {f"unet.{PATH}to_q.lora.down.weight": torch.ones(2, 7)}, None, "down is 7 wide, `tiny` needs 6"),
     ],
 )

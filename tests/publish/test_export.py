@@ -61,7 +61,8 @@ def test_diffusers_to_kohya_to_diffusers_is_the_same_image(family: tuple[str, Fa
     assert (answer["rank"], answer["alpha"]) == ([RANK], [ALPHA])
     for file, image in images.items():
         np.testing.assert_allclose(image, made.image, atol=1e-5, err_msg=str(file))
-    assert np.abs(image_of(pipeline) - made.plain).max() == 0 and np.abs(made.image - made.plain).max() > 1e-2
+    np.testing.assert_allclose(image_of(pipeline), made.plain, atol=1e-5)
+    assert np.abs(made.image - made.plain).max() > 1e-2
     without_alpha = {key: one for key, one in load_file(kohya).items() if not key.endswith(".alpha")}
     pipeline.load_lora_weights(without_alpha)  # the bar above sees a lost alpha
     assert np.abs(image_of(pipeline) - made.image).max() > 1e-3

@@ -26,6 +26,7 @@ from dpt_t2i.backbones.lora_files import (
     DIFFUSERS_HEADER_KEY,
     HEADER_KEY,
     LoraLayer,
+    layers_of,
     our_header,
     read_header,
     read_lora,
@@ -63,9 +64,7 @@ def add_lora(
         init_lora_weights="gaussian",  # A ~ N(0, 1/rank^2), B = 0: the release's initialisation
         target_modules=targets,
     )
-    denoiser: Any = backbone.denoiser
-    denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
-    return _to_float32(backbone)
+    return _inject(backbone, config)
 
 
 def lora_parameters(backbone: Backbone) -> list[nn.Parameter]:
@@ -160,19 +159,34 @@ def load_lora(backbone: Backbone, path: Path, trainable: bool = False) -> dict[s
     ours = read_lora_header(file)
     if "base" in ours:
         check_fingerprint(ours["base"], backbone.fingerprint(), f"LoRA {file}")
-    key = backbone.denoiser_key
-    read = read_lora(file, {key: backbone.denoiser}, backbone.name, diffusers_reader(backbone.pipeline))
-    layers = {name.removeprefix(f"{key}."): layer for name, layer in read.layers.items()}
+    read = read_lora(
+        file, {backbone.denoiser_key: backbone.denoiser}, backbone.name, diffusers_reader(backbone.pipeline)
+    )
+    _place(backbone, read.layers, trainable)
+    return ours
+
+
+def place_lora(backbone: Backbone, tensors: Mapping[str, Tensor], what: str, trainable: bool = False) -> None:
+    """`load_lora` for tensors that are in no LoRA file; `what` names them in messages. Without alphas the scale is 1.
+
+    Raises:
+        InputError: keys, shapes or ranks that the denoiser does not know.
+    """
+    parts = {backbone.denoiser_key: backbone.denoiser}
+    layers = layers_of(tensors, parts, what, backbone.name, convert=diffusers_reader(backbone.pipeline))
+    _place(backbone, layers, trainable)
+
+
+def _place(backbone: Backbone, layers: Mapping[str, LoraLayer], trainable: bool) -> None:
+    """`layers` by `unet.<module>`, in place of whatever LoRA is there."""
+    own = {name.removeprefix(f"{backbone.denoiser_key}."): layer for name, layer in layers.items()}
     remove_lora(backbone)
-    denoiser: Any = backbone.denoiser
-    denoiser.add_adapter(_config_of(layers), adapter_name=ADAPTER_NAME)
-    parameters = _to_float32(backbone)
-    state = {f"{name}.lora_A.weight": layer.down for name, layer in layers.items()}
-    state |= {f"{name}.lora_B.weight": layer.up for name, layer in layers.items()}
-    set_peft_model_state_dict(denoiser, state, adapter_name=ADAPTER_NAME)
+    parameters = _inject(backbone, _config_of(own))
+    state = {f"{name}.lora_A.weight": layer.down for name, layer in own.items()}
+    state |= {f"{name}.lora_B.weight": layer.up for name, layer in own.items()}
+    set_peft_model_state_dict(backbone.denoiser, state, adapter_name=ADAPTER_NAME)
     for parameter in parameters:
         parameter.requires_grad_(trainable)
-    return ours
 
 
 def lora_metadata(layers: Mapping[str, LoraLayer], denoiser_key: str) -> dict[str, Any]:
@@ -213,7 +227,10 @@ def diffusers_reader(pipeline: Any) -> Callable[[dict[str, Tensor]], dict[str, T
     return convert
 
 
-def _to_float32(backbone: Backbone) -> list[nn.Parameter]:
+def _inject(backbone: Backbone, config: LoraConfig) -> list[nn.Parameter]:
+    """Fresh layers as `config` says; their parameters, float32 whatever the base's dtype."""
+    denoiser: Any = backbone.denoiser
+    denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
     parameters = lora_parameters(backbone)
     for parameter in parameters:
         parameter.data = parameter.data.float()

@@ -98,9 +98,26 @@ def read_lora(
     """
     header = read_header(file)
     ours = our_header(header, file)
-    tensors: Tensors = _load(file)
-    names = _names_of(parts)
     what = f"LoRA {file}, made for base `{ours.get('base', {}).get('name', 'unknown')}`"
+    described = _json_entry(header, DIFFUSERS_HEADER_KEY, file)
+    return LoraFile(file, layers_of(read_tensors(file), parts, what, base_name, described, convert), ours)
+
+
+def layers_of(
+    tensors: Tensors,
+    parts: Mapping[str, nn.Module],
+    what: str,
+    base_name: str,
+    described: Mapping[str, Any] | None = None,
+    convert: Callable[[dict[str, Tensor]], Tensors] | None = None,
+) -> dict[str, LoraLayer]:
+    """The layers of `tensors` by `part.module`, in the modules' order; see `read_lora`.
+
+    Args:
+        what: names the LoRA in messages.
+        described: diffusers' entry of the header; without it, and without alphas among the tensors, alpha is the rank.
+    """
+    names = _names_of(parts)
     if convert is not None and any(_owner(key) not in names for key in tensors):
         try:
             tensors = convert(dict(tensors))
@@ -109,14 +126,22 @@ def read_lora(
     found = _by_module(tensors, names, what, base_name)
     if not found:
         raise InputError(f"{what}: it holds no LoRA layer")
-    described = _json_entry(header, DIFFUSERS_HEADER_KEY, file)
     layers = {}
     for part, root in parts.items():
-        settings = {key.removeprefix(f"{part}."): value for key, value in described.items() if key.startswith(part)}
+        own = f"{part}."
+        settings = {key.removeprefix(own): value for key, value in (described or {}).items() if key.startswith(own)}
         for module_name, module in root.named_modules():
-            if (name := f"{part}.{module_name}") in found:
+            if (name := own + module_name) in found:
                 layers[name] = _layer(found[name], module, name, module_name, settings, what, base_name)
-    return LoraFile(file, layers, ours)
+    return layers
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `InputError`: missing, truncated, or a pickle."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"LoRA {file} is truncated or no safetensors file ({error}); fetch it again") from error
 
 
 def kohya_name(part: str, module: str) -> str:
@@ -204,7 +229,7 @@ def _layer(
     down, up, weight = given["down"].float(), given["up"].float(), module.weight
     assert isinstance(weight, Tensor)
     for half, got, wanted in (("down", down.shape[1:], weight.shape[1:]), ("up", up.shape[:1], weight.shape[:1])):
-        if got != wanted:
+        if got != wanted or given[half].ndim != weight.ndim:
             sizes = "x".join(map(str, got)), "x".join(map(str, wanted))
             raise InputError(f"{what}: `{name}` {half} is {sizes[0]} wide, `{base_name}` needs {sizes[1]}")
     rank = down.shape[0]
@@ -232,13 +257,6 @@ def _pattern(settings: Mapping[str, Any], kind: str, module_name: str, otherwise
         if re.fullmatch(rf"(.*\.)?({pattern})", module_name):
             return value
     return otherwise
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"LoRA {file} is truncated or no safetensors file ({error}); fetch it again") from error
 
 
 def _json_entry(header: Mapping[str, str], key: str, file: Path) -> dict[str, Any]:

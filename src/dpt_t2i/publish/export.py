@@ -129,7 +129,7 @@ def change_of(layer: LoraLayer) -> Tensor:
 
 
 def copy_adapter(source: Path, target: Path, base: Mapping[str, Any] | None = None) -> list[Path]:
-    """Copy an adapter's two files, the paths in its config cut to their last part.
+    """Copy an adapter's folder, the paths in its config cut to their last part.
 
     Args:
         base: entries of its base's fingerprint that are others now.
@@ -137,8 +137,7 @@ def copy_adapter(source: Path, target: Path, base: Mapping[str, Any] | None = No
     card = _adapter_card(source)
     card["base"] |= base or {}
     if source.resolve() != target.resolve():
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
+        shutil.copytree(source, target, dirs_exist_ok=True)
     (target / ADAPTER_CONFIG).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     return [target / ADAPTER_WEIGHTS, target / ADAPTER_CONFIG]
 
@@ -146,10 +145,11 @@ def copy_adapter(source: Path, target: Path, base: Mapping[str, Any] | None = No
 def _adapter_card(folder: Path) -> dict[str, Any]:
     """What an adapter's `config.json` says, fit to be published. Raises `InputError` where there is no adapter."""
     try:
-        card = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        card: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise FileNotFoundError(f"{ADAPTER_WEIGHTS} is missing")
-        return {**public(card), "base": dict(public(card["base"]))}
+        # `adapter` stays whole: it may name a part of this very folder
+        return {**card, "base": dict(public(card["base"])), "metadata": public(card["metadata"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is no adapter folder ({error}); give the one that `dpt probe` wrote") from error
 
