@@ -234,7 +234,7 @@ def _layer(
             raise InputError(f"{what}: `{name}` {half} is {sizes[0]} wide, `{base_name}` needs {sizes[1]}")
     rank = down.shape[0]
     told = _pattern(settings, "rank_pattern", module_name, settings.get("r", rank))
-    if up.shape[1] != rank or told != rank:
+    if rank == 0 or up.shape[1] != rank or told != rank:
         raise InputError(
             f"{what}: `{name}` has rank {rank} down and {up.shape[1]} up, its header says {told}; fetch it again"
         )
