@@ -331,6 +331,7 @@ command(
     "dpt_t2i.training.official:run_import",
     {"checkpoint": (Path, "the release's pytorch_model.bin, or the folder that holds it")},
 )
+command(app, "export", settings.ExportConfig, "dpt_t2i.publish.export:run_export")
 command(app, "doctor", settings.DoctorConfig, "dpt_t2i.doctor:run_doctor")
 
 Count = Annotated[int, typer.Option("--n", min=1, help="number of scenes")]

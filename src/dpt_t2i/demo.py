@@ -44,7 +44,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     base = config.model.pretrained_model_name_or_path
-    lora, adapter = choose_artifacts(base, config.model.lora, config.model.adapter)
+    lora, adapter = choose_artifacts(base, config.model.lora, config.model.adapter, config.model.revision)
     if lora is None or adapter is None:
         raise InputError(f"the demo needs a LoRA and an adapter to set beside its own; base `{base}` ships none")
     card = read_adapter_card(adapter)

@@ -97,7 +97,7 @@ def _look_at_model(model: ModelConfig) -> dict[str, Any]:
     name = model.pretrained_model_name_or_path
     try:
         backbone = load_backbone(name, model.revision, model.device, model.dtype)
-        lora, adapter = choose_artifacts(name, model.lora, model.adapter)
+        lora, adapter = choose_artifacts(name, model.lora, model.adapter, model.revision)
     except InputError as error:
         return {"model": {"name": name, "loads": False, "problem": str(error)}, "fits": None}
     found = {

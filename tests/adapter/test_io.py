@@ -1,7 +1,7 @@
 """An adapter folder: round trip, and one clear line for everything that can be wrong with it."""
 
 import json
-import warnings
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,65 @@ def test_loading_draws_no_random_number(folder: Path) -> None:
 
 def test_another_architecture_is_an_error_that_names_both(folder: Path) -> None:
     wider = BASE | {"name": "wide", "architecture": BASE["architecture"] | {"text_width": 1024}}
-    with pytest.raises(InputError, match=r"`tiny` \(text_width = 12\).*`wide` \(text_width = 1024\)"):
+    with pytest.raises(InputError, match=r"`tiny` \(text_width 12\).*`wide` \(text_width 1024\)"):
         load_adapter(folder, CPU, wider)
 
 
-def test_other_weights_are_a_warning_that_names_both(folder: Path) -> None:
-    with pytest.warns(UserWarning, match=r"`tiny` \(weights abc123\).*`mine` \(weights fff\)"):
-        load_adapter(folder, CPU, BASE | {"name": "mine", "weights": "fff"})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_adapter(folder, CPU, BASE)
+def warned(caplog: pytest.LogCaptureFixture, folder: Path, base: dict[str, Any]) -> list[str]:
+    """What loading the adapter for `base` warns of."""
+    caplog.clear()
+    load_adapter(folder, CPU, base)
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_other_weights_are_a_warning_that_names_both(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (message,) = warned(caplog, folder, BASE | {"name": "mine", "weights": "fff"})
+    assert "`tiny` (denoiser abc123)" in message and "`mine`" in message and "(denoiser fff)" in message
+    assert str(folder) in message
+    assert warned(caplog, folder, BASE) == []
+
+
+def test_another_lora_is_a_warning_that_names_both(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture):
+    adapter, _ = load_adapter(folder, CPU)
+    assert warned(caplog, folder, BASE | {"lora": "aaa"}) == []  # written before adapters knew their LoRA
+    for own in ("aaa", None):
+        save_adapter(adapter, tmp_path / "own", base_fingerprint=BASE | {"lora": own})
+        assert warned(caplog, tmp_path / "own", BASE | {"lora": own}) == []
+        assert warned(caplog, tmp_path / "own", BASE) == []
+        (message,) = warned(caplog, tmp_path / "own", BASE | {"lora": "bbb"})
+        assert ("LoRA aaa" if own else "with no LoRA") in message and "LoRA bbb" in message
+
+
+def test_the_hubs_own_methods_write_and_read_the_same_folder(folder: Path, tmp_path: Path) -> None:
+    adapter = DiscriminativeAdapter.from_pretrained(folder)
+    assert not adapter.training and adapter.logit_scale.item() == 3.0
+    adapter.save_pretrained(tmp_path / "hub")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "hub" / name).read_bytes() == (folder / name).read_bytes()
+    again, metadata = load_adapter(tmp_path / "hub", CPU, BASE)
+    assert metadata == {"correction": {"rho": 0.03}}
+    assert all(torch.equal(one, again.state_dict()[key]) for key, one in adapter.state_dict().items())
+    assert again.origin is not None and again.origin.base["name"] == "tiny"
+
+
+def test_a_fresh_adapter_is_not_published_without_its_base(tmp_path: Path) -> None:
+    config = AdapterConfig(hidden_dim=8, num_heads=2, dim_feedforward=8, num_queries_matching=2, num_queries_rec=3)
+    with pytest.raises(InputError, match="does not know its base"):
+        DiscriminativeAdapter(config, {"up1": 4}, 12, 12).save_pretrained(tmp_path / "fresh")
+
+
+def test_from_pretrained_refuses_in_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match="damaged"):
+        DiscriminativeAdapter.from_pretrained(folder)
+
+    def offline(*_: Any, **__: Any) -> str:
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **_: str(folder / "config.json"))
+    with pytest.raises(InputError, match="adapter someone/adapter is neither a folder .* no network at all"):
+        DiscriminativeAdapter.from_pretrained("someone/adapter")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -56,3 +56,23 @@ def test_other_weights_are_a_warning_and_another_architecture_an_error_both_name
         InputError, match="LoRA x.*tiny-0.*prediction_type epsilon.*tiny-1.*prediction_type v_prediction"
     ):
         check_fingerprint(mine, other, "LoRA x")
+
+
+def test_another_vae_or_text_encoder_is_a_warning_that_names_the_part(caplog):
+    mine, other = tiny_backbone(), tiny_backbone()
+    assert set(mine.fingerprint()["parts"]) == {"vae", "text_encoder"}
+    with torch.no_grad():
+        next(other.pipeline.vae.parameters()).add_(1)
+    check_fingerprint(mine.fingerprint(), other.fingerprint(), "LoRA x")
+    (record,) = caplog.records
+    hashes = [one.fingerprint()["parts"]["vae"] for one in (mine, other)]
+    assert hashes[0] != hashes[1] and all(f"(vae {digest})" in record.getMessage() for digest in hashes)
+    caplog.clear()
+    old = {key: value for key, value in mine.fingerprint().items() if key != "parts"}  # of before parts were hashed
+    check_fingerprint(old, other.fingerprint(), "LoRA x")
+    assert not caplog.records
+
+
+def test_what_is_no_fingerprint_is_an_input_error():
+    with pytest.raises(InputError, match="adapter x does not say which base"):
+        check_fingerprint({}, tiny_backbone().fingerprint(), "adapter x")

@@ -113,6 +113,20 @@ def test_settings_choose_artifacts(folder, tmp_path):
     assert choose_artifacts(folder, run, "other") == (Path(run), Path("other"))
 
 
+def test_the_revision_reaches_what_ships_and_what_is_fetched(folder, monkeypatch):
+    asked = []
+
+    def download(name, **how):
+        asked.append((name, how["revision"], how.get("allow_patterns")))
+        return str(folder)
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (folder / "dpt" / "probe" / "adapter").mkdir(parents=True)
+    assert choose_artifacts("someone/model", None, None, "v2") == (None, folder / "dpt" / "probe" / "adapter")
+    assert asked == [("someone/model", "v2", None), ("someone/model", "v2", "dpt/*")]
+
+
 def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")

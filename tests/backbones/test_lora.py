@@ -17,6 +17,7 @@ from dpt_t2i.backbones.lora import (
     load_lora,
     lora_disabled,
     lora_parameters,
+    place_lora,
     read_lora_header,
     remove_lora,
     save_lora,
@@ -249,6 +250,18 @@ def test_a_kohya_file_keeps_its_alpha(made, tmp_path):
     again = tiny_backbone()
     load_lora(again, tmp_path / "kohya.safetensors")
     torch.testing.assert_close(predict(again), predict(backbone))
+
+
+def test_tensors_out_of_no_file_are_placed_with_scale_one(made):
+    backbone, folder = made
+    again = trained(rank=2)
+    place_lora(again, load_file(folder / LORA_FILE), "the checkpoint", trainable=True)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer = again.denoiser.get_submodule(name)
+    assert torch.equal(layer.lora_B["dpt"].weight, backbone.denoiser.get_submodule(name).lora_B["dpt"].weight)
+    assert layer.scaling["dpt"] == 1.0 and layer.lora_B["dpt"].weight.requires_grad
+    with pytest.raises(InputError, match="the checkpoint: key `x.lora_A.weight` is unknown to `tiny-0`"):
+        place_lora(again, {"x.lora_A.weight": torch.ones(1, 1)}, "the checkpoint")
 
 
 def test_the_header_is_json_and_nothing_else_is_written(made):

@@ -1,14 +1,17 @@
 """The card: its front matter, its numbers, and nothing that was not measured."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from torch import nn
 
-from dpt_t2i.config import ProbeConfig, TrainModelConfig, TuneConfig, save_config
+from dpt_t2i.config import DataConfig, ProbeConfig, TrainModelConfig, TuneConfig, save_config
 from dpt_t2i.errors import InputError
-from dpt_t2i.publish.model_card import write_model_card
+from dpt_t2i.publish.base_model import BaseModel
+from dpt_t2i.publish.model_card import write_export_card, write_model_card
 
 
 def card_of(run: Path, **measured: Any) -> tuple[dict[str, Any], str]:
@@ -46,6 +49,68 @@ def test_a_probe_without_measurements_claims_none(tmp_path: Path) -> None:
     assert "base_model" not in front and "lora" not in front["tags"]
     assert "`my-base`" in body and "private" not in body and "load_lora_weights" not in body
     assert "obey" not in body and "Grounding" not in body and "Made with" not in body and "%" not in body
+
+
+def base_model(name: str, pipeline_class: str = "StableDiffusionPipeline", key: str = "unet") -> BaseModel:
+    return BaseModel(Path(name), name, pipeline_class, key, nn.Identity(), {}, "epsilon", (512, 512))
+
+
+def exported(folder: Path, base: BaseModel, *files: str, **measured: Any) -> tuple[dict[str, Any], str]:
+    """The card of an export whose folder holds `files`."""
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        correction = {"correct": 0.02, "correction_rule": "relative"}
+        (folder / file).write_text(json.dumps({"metadata": {"correction": correction}}))
+    config = TuneConfig().model_dump(mode="json")
+    text = write_export_card(folder, "My model", base, config, "openrail++", **measured).read_text(encoding="utf-8")
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_an_export_for_comfyui_and_a1111(tmp_path: Path) -> None:
+    files = ("my.safetensors", "adapter/config.json")
+    front, body = exported(tmp_path / "out", base_model("someone/model"), *files)
+    assert (front["base_model"], front["base_model_relation"]) == ("someone/model", "adapter")
+    assert front["license"] == "openrail++" and "lora" in front["tags"]
+    assert "# My model" in body and "`<lora:my:1>`" in body and "models/loras" in body
+    assert 'weight_name="my.safetensors"' in body
+    base = "--pretrained_model_name_or_path someone/model"
+    assert f"{base} --lora out/my.safetensors --adapter out/adapter --correct 0.02 --correction_rule relative" in body
+    assert 'DiscriminativeAdapter.from_pretrained("out/adapter")' in body
+    assert "%" not in body  # nothing was measured
+
+
+def test_an_export_for_diffusers_shows_the_path_of_a_base_that_is_no_hub_id(tmp_path: Path) -> None:
+    front, body = exported(tmp_path / "out", base_model("my-base"), "pytorch_lora_weights.safetensors")
+    assert "base_model" not in front
+    assert 'base = "path/to/my-base"' in body and 'load_lora_weights("out", weight_name="pytorch_lora' in body
+    assert "dpt export --pretrained_model_name_or_path path/to/my-base --lora out --format kohya" in body
+    assert "--adapter" not in body  # there is none
+    _, bundled = exported(tmp_path / "two", base_model("bundled"), "pytorch_lora_weights.safetensors")
+    assert 'base = str(files("dpt_t2i") / "bundled" / "base")' in bundled and "--pretrained_model" not in bundled
+
+
+def test_a_dit_family_needs_no_second_file_and_pixart_has_no_loader(tmp_path: Path) -> None:
+    lora = "pytorch_lora_weights.safetensors"
+    _, flux = exported(tmp_path / "flux", base_model("black/flux", "FluxPipeline", "transformer"), lora)
+    assert "ComfyUI reads these `transformer.` keys itself" in flux and "load_lora_weights" in flux
+    assert "--format kohya" not in flux
+    _, pixart = exported(tmp_path / "pixart", base_model("p/sigma", "PixArtSigmaPipeline", "transformer"), lora)
+    assert "has no `load_lora_weights`" in pixart and "--format merged" in pixart and "pipe.load_lora" not in pixart
+
+
+def test_a_merged_model_is_a_finetune(tmp_path: Path) -> None:
+    files = ("model_index.json", "dpt/probe/adapter/config.json")
+    front, body = exported(tmp_path / "out", base_model("someone/model"), *files)
+    assert front["base_model_relation"] == "finetune" and "lora" not in front["tags"]
+    assert 'from_pretrained("out")' in body and "pipe.load_lora" not in body and "--lora" not in body
+    assert "--pretrained_model_name_or_path out --correct 0.02" in body
+
+
+def test_paths_of_settings_are_cut(tmp_path: Path) -> None:
+    save_config(TuneConfig(data=DataConfig(dataset="/home/secret/pictures")), tmp_path / "config.yaml")
+    _, body = card_of(tmp_path)
+    assert "| `data.dataset` | pictures |" in body and "secret" not in body
 
 
 def test_a_control_says_so(tmp_path: Path) -> None:

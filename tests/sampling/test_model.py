@@ -63,6 +63,23 @@ def test_what_ships_is_loaded_and_can_be_refused(base):
     assert decisive[0]["adapter"] != decisive[1]["adapter"]
 
 
+def test_an_adapter_with_another_lora_than_its_own_is_a_warning_that_names_both(base, tmp_path, caplog):
+    backbone = tiny_backbone()
+    fingerprint = {**backbone.fingerprint(), "lora": "0123456789abcdef"}
+    save_adapter(tiny_adapter(backbone), tmp_path / "adapter", base_fingerprint=fingerprint)
+    shipped = dpt_t2i.load(str(base), device="cpu").settings(GenerateConfig())["lora"]
+    caplog.clear()
+    dpt_t2i.load(str(base), adapter=str(tmp_path / "adapter"), device="cpu")
+    (record,) = [record for record in caplog.records if record.name.startswith("dpt_t2i")]
+    assert "LoRA 0123456789abcdef" in record.getMessage() and f"LoRA {shipped}" in record.getMessage()
+    save_adapter(
+        tiny_adapter(backbone), tmp_path / "adapter", base_fingerprint={**backbone.fingerprint(), "lora": shipped}
+    )
+    caplog.clear()
+    dpt_t2i.load(str(base), adapter=str(tmp_path / "adapter"), device="cpu")
+    assert not [record for record in caplog.records if record.name.startswith("dpt_t2i")]
+
+
 def model(adapter: bool = True) -> T2IModel:
     backbone = tiny_backbone()
     return T2IModel(backbone, tiny_adapter(backbone) if adapter else None)

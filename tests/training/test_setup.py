@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpt_t2i.adapter.io import load_adapter
+from dpt_t2i.adapter.io import load_adapter, read_adapter_card
+from dpt_t2i.backbones.fingerprint import lora_hash
+from dpt_t2i.backbones.lora import add_lora, load_lora, save_lora
 from dpt_t2i.config import ProbeConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import setup
@@ -30,6 +32,20 @@ def test_an_adapter_comes_back_whole_and_with_its_metadata(probe_config, tmp_pat
     assert again.adapter_metadata == {"stage": "probe", "best": 0.5}
     store_adapter(again, tmp_path / "next", stage="tune")
     assert load_adapter(tmp_path / "next", CPU)[1] == {"stage": "tune", "best": 0.5}
+
+
+def test_an_adapter_remembers_the_lora_that_it_was_trained_with(probe_config, tmp_path):
+    setup = set_up(probe_config())
+    store_adapter(setup, tmp_path / "probe")
+    assert read_adapter_card(tmp_path / "probe")["base"]["lora"] is None
+    for number, parameter in enumerate(add_lora(setup.backbone, 2, 3.0)):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    store_adapter(setup, tmp_path / "tuned" / "adapter")
+    save_lora(setup.backbone, tmp_path / "tuned", {})
+    remembered = read_adapter_card(tmp_path / "tuned" / "adapter")["base"]["lora"]
+    reader = set_up(probe_config(output_dir=str(tmp_path / "other"))).backbone
+    load_lora(reader, tmp_path / "tuned")
+    assert remembered == lora_hash(reader.denoiser) is not None
 
 
 def test_a_new_adapters_weights_follow_from_the_seed(probe_config):

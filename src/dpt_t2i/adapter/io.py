@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import warnings
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.adapter.types import AdapterOrigin
+from dpt_t2i.backbones.fingerprint import check_fingerprint
 from dpt_t2i.config import AdapterConfig
 from dpt_t2i.errors import InputError
 
@@ -37,21 +39,23 @@ def save_adapter(
     Args:
         adapter: trained or not.
         folder: made if missing; an adapter already there is replaced, each file in one move.
-        base_fingerprint: `{"architecture": {...}, "name": str, "weights": short hash}` of the T2I model it was
-            trained on.
+        base_fingerprint: of the T2I model it was trained on, as `Backbone.fingerprint()` gives it (architecture with
+            widths and prediction type, name, hashes of the weights), with `lora`, the hash of the LoRA that the model
+            had then, None without one.
         metadata: anything JSON that should travel along, such as the best correction strength.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    adapter.origin = AdapterOrigin(dict(base_fingerprint), dict(metadata or {}))
     card = {
         "format_version": FORMAT_VERSION,
         "adapter": adapter.config.model_dump(mode="json"),
         "tap_channels": adapter.tap_channels,
         "pooled_dim": adapter.pooled_dim,
         "text_dim": adapter.text_dim,
-        "base": dict(base_fingerprint),
+        "base": adapter.origin.base,
         "versions": {"dpt_t2i": _package_version(), "torch": torch.__version__},
-        "metadata": dict(metadata or {}),
+        "metadata": adapter.origin.metadata,
     }
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
     save_file(state, folder / f"{WEIGHTS}.partial", metadata={"format": "pt"})
@@ -66,7 +70,8 @@ def load_adapter(
     """Read an adapter, in eval mode and float32, and the metadata saved with it. A run folder stands for its adapter.
 
     Loading draws no random number. `expected_fingerprint` is that of the T2I model the adapter is to judge; other
-    weights of the same architecture earn a warning that names both, None skips the comparison.
+    weights of the same architecture, or another LoRA (entry `lora`), earn a warning that names both; None skips the
+    comparison.
 
     Raises:
         InputError: a file is missing or damaged, a tensor is missing, surplus or of the wrong shape, or the adapter
@@ -75,7 +80,7 @@ def load_adapter(
     folder = adapter_folder(folder)
     card = read_adapter_card(folder)
     if expected_fingerprint is not None:
-        _check_base(folder, card["base"], expected_fingerprint)
+        check_fingerprint(card["base"], expected_fingerprint, f"adapter {folder}")
     try:
         with torch.device("meta"):
             adapter = DiscriminativeAdapter(
@@ -89,6 +94,7 @@ def load_adapter(
             f"{folder / CONFIG} is damaged: {str(error).splitlines()[0]}; export the adapter again"
         ) from error
     place_state(adapter, _read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
+    adapter.origin = AdapterOrigin(card["base"], card["metadata"])
     return adapter.float().to(device).eval(), card["metadata"]
 
 
@@ -126,6 +132,23 @@ def read_adapter_card(folder: Path) -> dict[str, Any]:
     return dict(card)
 
 
+def download_adapter(name: str, revision: str | None = None, **how: Any) -> Path:
+    """The folder of an adapter on the hub, fetched into the hub's cache; `how` is `snapshot_download`'s.
+
+    Raises:
+        InputError: no such adapter, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, CONFIG], **how))
+    except Exception as error:  # the hub's client raises some twenty kinds: offline, no such model, gated, ...
+        reason = textwrap.shorten(str(error), 160)
+        raise InputError(
+            f"adapter {name} is neither a folder nor could it be fetched from the hub: {reason}"
+        ) from error
+
+
 def place_state(adapter: DiscriminativeAdapter, state: Mapping[str, Tensor], source: str) -> None:
     """Give the adapter (whose tensors may be on the meta device) exactly the tensors of `state`.
 
@@ -153,24 +176,6 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged ({error}); copy or export it again") from error
-
-
-def _check_base(folder: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    expected = json.loads(json.dumps(dict(expected)))  # tuples become lists, as in the file
-    mine, theirs = saved.get("architecture", {}), expected.get("architecture", {})
-    names = f"`{saved.get('name')}`", f"`{expected.get('name')}`"
-    for key in sorted(mine.keys() | theirs.keys()):
-        if mine.get(key) != theirs.get(key):
-            raise InputError(
-                f"adapter {folder} was made for {names[0]} ({key} = {mine.get(key)}), but the base is {names[1]} "
-                f"({key} = {theirs.get(key)}); use the adapter's own base or another adapter"
-            )
-    if saved.get("weights") != expected.get("weights"):
-        warnings.warn(
-            f"adapter {folder} was made for {names[0]} (weights {saved.get('weights')}), the base is {names[1]} "
-            f"(weights {expected.get('weights')}): same architecture, other weights; scores may suffer",
-            stacklevel=3,
-        )
 
 
 def _package_version() -> str:

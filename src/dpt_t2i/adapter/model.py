@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpt_t2i.adapter.encodings import TimestepEncoding, sine_positions
 from dpt_t2i.adapter.heads import GroundingHeads, mlp
 from dpt_t2i.adapter.transformer import Transformer
-from dpt_t2i.adapter.types import AdapterOutput
+from dpt_t2i.adapter.types import AdapterOrigin, AdapterOutput
 from dpt_t2i.backbones.types import Features
 from dpt_t2i.config import AdapterConfig
 from dpt_t2i.errors import InputError
@@ -21,12 +24,14 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100.0)  # as CLIP: beyond it the softmax is one-hot and the gradient dies
 
 
-class DiscriminativeAdapter(nn.Module):
+class DiscriminativeAdapter(nn.Module, PyTorchModelHubMixin, library_name="dpt-t2i", tags=["dpt-t2i"]):
     """Reads the maps of one or several taps with matching and grounding queries (DETR-style, post-norm).
 
     Each map has its own 1x1 projection to width d; several are brought to the largest one's size and summed, which is
     what one projection of their concatenation would give. With `fusion_channels` and `fusion_size` it is the release's
     `all-<channels>-<size>` instead: maps projected to that width, at that size, summed, and the sum projected to d.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's; the files are those of `adapter.io`.
 
     Args:
         config: sizes. `hidden_dim` must be a multiple of 4 and of `num_heads`.
@@ -37,6 +42,8 @@ class DiscriminativeAdapter(nn.Module):
     Raises:
         InputError: no tap, or sizes that do not divide.
     """
+
+    origin: AdapterOrigin | None = None  # set where an adapter is read or written
 
     def __init__(self, config: AdapterConfig, tap_channels: Mapping[str, int], pooled_dim: int, text_dim: int) -> None:
         super().__init__()
@@ -105,6 +112,40 @@ class DiscriminativeAdapter(nn.Module):
         """The taps as `parse_taps` and `parse_fusion` read them: `bottom0_up1`, or `bottom0_up1-40-12` where fused."""
         size = self.config.fusion_size
         return "_".join(self.tap_channels) + (f"-{self.config.fusion_channels}-{size}" if size else "")
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """What `save_pretrained` and `push_to_hub` write: an adapter folder, see `adapter.io`.
+
+        Raises:
+            InputError: the adapter is fresh, so that nothing is known of its base.
+        """
+        from dpt_t2i.adapter.io import save_adapter  # builds adapters, so it imports this file
+
+        if self.origin is None:
+            raise InputError("this adapter does not know its base; write it with `save_adapter`, which is told")
+        save_adapter(self, save_directory, base_fingerprint=self.origin.base, metadata=self.origin.metadata)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        **described: Any,  # what the mixin read in config.json; `load_adapter` reads and checks it itself
+    ) -> DiscriminativeAdapter:
+        """What `from_pretrained` gives: the adapter of a folder or hub id, in eval mode."""
+        from dpt_t2i.adapter.io import download_adapter, load_adapter
+
+        how = {"cache_dir": cache_dir, "force_download": force_download, "token": token}
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = download_adapter(model_id, revision, local_files_only=local_files_only, **how)
+        return load_adapter(folder, torch.device(map_location))[0]
 
     def _fuse(self, features: Features) -> Tensor:
         """Normalise, project and sum the taps' maps -> `[B, d, h, w]` of the largest map, or of `fusion_size`."""

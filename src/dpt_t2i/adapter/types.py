@@ -1,8 +1,10 @@
-"""What the adapter says about a noised image and a text."""
+"""What the adapter says about a noised image and a text, and where an adapter comes from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -18,3 +20,11 @@ class AdapterOutput:
     token_align: Tensor | None  # [B, L, A] L2-normalised token embeddings, None if no text states were given
     logit_scale: Tensor  # [] exp(logit_scale), already clamped to <= 100
     token_mask: Tensor | None = None  # [B, L] bool, True on real tokens of token_align; None = every token counts
+
+
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """What an adapter was trained on and with."""
+
+    base: Mapping[str, Any]  # fingerprint of the T2I model, with `lora`, the hash of its LoRA (None without one)
+    metadata: Mapping[str, Any]  # what the recipe added: its config, the best correction strength

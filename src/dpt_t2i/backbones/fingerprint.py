@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -31,26 +32,69 @@ def lora_hash(module: nn.Module) -> str | None:
     return _hash(state, torch.float32) if state else None
 
 
+def part_hashes(pipeline: Any) -> dict[str, str]:
+    """Component name -> hash of the weights that decide an image beside the denoiser's: VAE and text encoders."""
+    return {
+        name: weights_hash(part)
+        for name, part in sorted(pipeline.components.items())
+        if isinstance(part, nn.Module) and name.startswith(("vae", "text_encoder"))
+    }
+
+
 def check_fingerprint(made_for: Mapping[str, Any], actual: Mapping[str, Any], what: str) -> None:
     """Compare two `Backbone.fingerprint()`s; `what` names the artifact in the message.
 
-    Another architecture cannot work; other weights of the same one (a fine-tune) can, less well: a warning.
+    Another architecture cannot work; other weights of the same one (a fine-tune) can, less well: a warning that names
+    the parts that differ. `parts` and `lora` are compared where both sides have them: old artifacts do not, and a
+    `lora` of None says that there was none.
 
     Raises:
-        InputError: the architectures differ; names both bases and the first differing entry.
+        InputError: the architectures differ; names both bases and the first differing entry. Or `made_for` is no
+            fingerprint.
     """
-    theirs, ours = made_for["architecture"], actual["architecture"]
+    if not isinstance(made_for.get("architecture"), Mapping):
+        raise InputError(f"{what} does not say which base it was made for; export it again")
+    theirs, ours = _plain(made_for["architecture"]), _plain(actual["architecture"])
+    names = made_for.get("name"), actual.get("name")
     for key in sorted({*theirs, *ours}):
         if theirs.get(key) != ours.get(key):
             raise InputError(
-                f"{what} was made for base `{made_for['name']}` ({key} {theirs.get(key)}), "
-                f"not for `{actual['name']}` ({key} {ours.get(key)}); load that base or give an artifact of this one"
+                f"{what} was made for base `{names[0]}` ({key} {theirs.get(key)}), "
+                f"not for `{names[1]}` ({key} {ours.get(key)}); load that base or give an artifact of this one"
             )
-    if made_for["weights"] != actual["weights"]:
+    if differing := _differing_parts(made_for, actual):
         logger.warning(
-            "%s was made for base `%s` (weights %s); `%s` has the same architecture but other weights (%s)",
-            what, made_for["name"], made_for["weights"], actual["name"], actual["weights"],
+            "%s was made for base `%s` (%s); `%s` has the same architecture but other weights (%s)",
+            what, names[0], _list(differing, 0), names[1], _list(differing, 1),
         )  # fmt: skip
+    if "lora" in made_for and "lora" in actual and made_for["lora"] != actual["lora"]:
+        logger.warning(
+            "%s was trained with %s on base `%s`; `%s` has %s: scores may suffer",
+            what, _lora_name(made_for["lora"]), names[0], names[1], _lora_name(actual["lora"]),
+        )  # fmt: skip
+
+
+def _differing_parts(made_for: Mapping[str, Any], actual: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Part -> its two hashes, where both sides know them and they differ."""
+    theirs, ours = (
+        {**({"denoiser": one["weights"]} if "weights" in one else {}), **one.get("parts", {})}
+        for one in (made_for, actual)
+    )
+    return {part: (theirs[part], ours[part]) for part in theirs if part in ours and theirs[part] != ours[part]}
+
+
+def _list(differing: Mapping[str, tuple[str, str]], side: int) -> str:
+    return ", ".join(f"{part} {hashes[side]}" for part, hashes in differing.items())
+
+
+def _lora_name(digest: str | None) -> str:
+    return "no LoRA" if digest is None else f"LoRA {digest}"
+
+
+def _plain(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """As the file has it: tuples are lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(architecture)))
+    return plain
 
 
 def _hash(state: Mapping[str, Tensor], dtype: torch.dtype) -> str:

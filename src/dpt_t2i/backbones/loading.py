@@ -77,24 +77,28 @@ def base_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     return _download(name, revision)
 
 
-def shipped_artifacts(base: str | Path, with_lora: bool = True) -> tuple[Path | None, Path | None]:
+def shipped_artifacts(
+    base: str | Path, with_lora: bool = True, revision: str | None = None
+) -> tuple[Path | None, Path | None]:
     """(LoRA file, adapter folder) that ship inside a base's folder; None for what is not there.
 
     Without the LoRA the adapter is the probe's: the tuned one was trained together with it.
     """
-    folder = base_folder(base) / "dpt"
+    folder = base_folder(base, revision) / "dpt"
     lora = folder / "tuned" / LORA_FILE
     if with_lora and lora.is_file():
         return lora, _if_folder(folder / "tuned" / "adapter")
     return None, _if_folder(folder / "probe" / "adapter")
 
 
-def choose_artifacts(base: str | Path, lora: str | None, adapter: str | None) -> tuple[Path | None, Path | None]:
+def choose_artifacts(
+    base: str | Path, lora: str | None, adapter: str | None, revision: str | None = None
+) -> tuple[Path | None, Path | None]:
     """The LoRA and adapter that the settings of the same names mean: None = what ships, `none` = none, else a path.
 
     Beside a LoRA given by path, a default adapter is the one in its own run folder, if any.
     """
-    shipped_lora, shipped_adapter = shipped_artifacts(base, with_lora=lora != "none")
+    shipped_lora, shipped_adapter = shipped_artifacts(base, lora != "none", revision)
     chosen_lora = shipped_lora if lora is None else _path_or_none(lora)
     if adapter is not None:
         return chosen_lora, _path_or_none(adapter)
@@ -239,9 +243,12 @@ def _check_weights(file: Path) -> None:
 
 def _download(name: str, revision: str | None) -> Path:
     from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
 
     try:
-        return Path(DiffusionPipeline.download(name, revision=revision))
+        folder = Path(DiffusionPipeline.download(name, revision=revision))
+        snapshot_download(name, revision=revision, allow_patterns="dpt/*")  # no part of a pipeline, but ours
+        return folder
     except Exception as error:  # the hub's client raises some twenty kinds: offline, no such model, gated, ...
         reason = textwrap.shorten(str(error), 160)
         raise InputError(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,21 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpt_t2i.backbones import peft_only
 from dpt_t2i.backbones.fingerprint import check_fingerprint
 from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.lora_files import (
+    DIFFUSERS_HEADER_KEY,
+    HEADER_KEY,
+    LoraLayer,
+    layers_of,
+    our_header,
+    read_header,
+    read_lora,
+)
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.errors import InputError
 
@@ -32,8 +40,6 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "
 TEXT_STREAM = ("add_q_proj", "to_add_out")  # what the texts ask and are told: lost where the text stream ends
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "dpt"
-HEADER_KEY = "dpt"
-DIFFUSERS_HEADER_KEY = "lora_adapter_metadata"
 
 
 def add_lora(
@@ -61,12 +67,7 @@ def add_lora(
         init_lora_weights="gaussian",  # A ~ N(0, 1/rank^2), B = 0: the release's initialisation
         target_modules=targets,
     )
-    denoiser: Any = backbone.denoiser
-    if peft_only.has_lora_methods(denoiser):
-        denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
-    else:
-        inject_adapter_in_model(config, denoiser, ADAPTER_NAME)
-    return _to_float32(backbone)
+    return _inject(backbone, config)
 
 
 def lora_parameters(backbone: Backbone) -> list[nn.Parameter]:
@@ -140,9 +141,8 @@ def read_lora_header(path: Path) -> dict[str, Any]:
     Raises:
         InputError: file missing or truncated.
     """
-    _, header = _read(lora_file(path))
-    ours: dict[str, Any] = json.loads(header.get(HEADER_KEY, "{}"))
-    return ours
+    file = lora_file(path)
+    return our_header(read_header(file), file)
 
 
 def lora_file(path: Path) -> Path:
@@ -156,67 +156,94 @@ def lora_file(path: Path) -> Path:
 def load_lora(backbone: Backbone, path: Path, trainable: bool = False) -> dict[str, Any]:
     """Put the LoRA of a file or folder on the denoiser, in place of any that is there.
 
-    Ours, diffusers', PEFT's and kohya's key names are read. Values are float32, exactly as stored.
+    Every naming of `lora_files` is read. Values are float32, exactly as stored.
 
     Returns:
         Our part of the header, {} for a foreign file.
 
     Raises:
-        InputError: missing or truncated file, keys or shapes that the denoiser does not know, another architecture.
-            Other weights of the same architecture are a warning that names both.
+        InputError: missing or truncated file, keys, shapes or ranks that the denoiser does not know, another
+            architecture. Other weights of the same architecture are a warning that names both.
     """
     file = lora_file(Path(path))
-    raw, header = _read(file)
-    ours: dict[str, Any] = json.loads(header.get(HEADER_KEY, "{}"))
+    ours = read_lora_header(file)
     if "base" in ours:
         check_fingerprint(ours["base"], backbone.fingerprint(), f"LoRA {file}")
-    described = json.loads(header[DIFFUSERS_HEADER_KEY]) if DIFFUSERS_HEADER_KEY in header else None
-    place_lora(backbone, raw, str(file), ours.get("base", {}).get("name", "unknown"), described, trainable)
+    read = read_lora(
+        file, {backbone.denoiser_key: backbone.denoiser}, backbone.name, diffusers_reader(backbone.pipeline)
+    )
+    _place(backbone, read.layers, trainable)
     return ours
 
 
-def place_lora(
-    backbone: Backbone,
-    tensors: Mapping[str, Tensor],
-    source: str,
-    made_for: str = "unknown",
-    described: Mapping[str, Any] | None = None,
-    trainable: bool = False,
-) -> None:
-    """Put LoRA tensors of any of the key names on the denoiser, float32 and exactly as given.
-
-    Args:
-        source, made_for: where they come from and the base they were made for, named in messages.
-        described: diffusers' own entry of the file's header; without it and without alphas the scale is 1.
+def place_lora(backbone: Backbone, tensors: Mapping[str, Tensor], what: str, trainable: bool = False) -> None:
+    """`load_lora` for tensors that are in no LoRA file; `what` names them in messages. Without alphas the scale is 1.
 
     Raises:
-        InputError: keys or shapes that the denoiser does not know, half a pair, or a NaN.
+        InputError: keys, shapes or ranks that the denoiser does not know.
     """
-    try:
-        state, alphas = _known_names(backbone, tensors)
-    except (ValueError, KeyError) as error:  # kohya's names of another family
-        raise InputError(f"LoRA {source}: its keys are unknown to `{backbone.name}` ({error})") from error
-    peft_state = _checked(backbone, state, source, made_for)
+    parts = {backbone.denoiser_key: backbone.denoiser}
+    layers = layers_of(tensors, parts, what, backbone.name, convert=diffusers_reader(backbone.pipeline))
+    _place(backbone, layers, trainable)
+
+
+def _place(backbone: Backbone, layers: Mapping[str, LoraLayer], trainable: bool) -> None:
+    """`layers` by `unet.<module>`, in place of whatever LoRA is there."""
+    own = {name.removeprefix(f"{backbone.denoiser_key}."): layer for name, layer in layers.items()}
     remove_lora(backbone)
-    denoiser: Any = backbone.denoiser
-    if peft_only.has_lora_methods(denoiser):
-        # diffusers works out ranks and alphas; the values are set again below, as it rounds them to the base's dtype.
-        denoiser.load_lora_adapter(
-            state,
-            prefix=backbone.denoiser_key,
-            network_alphas=alphas or None,
-            metadata=described,
-            adapter_name=ADAPTER_NAME,
-        )
-    else:
-        peft_only.inject_for(denoiser, peft_state, described, backbone.denoiser_key, ADAPTER_NAME)
-    parameters = _to_float32(backbone)
-    set_peft_model_state_dict(denoiser, peft_state, adapter_name=ADAPTER_NAME)
+    parameters = _inject(backbone, _config_of(own))
+    state = {f"{name}.lora_A.weight": layer.down for name, layer in own.items()}
+    state |= {f"{name}.lora_B.weight": layer.up for name, layer in own.items()}
+    set_peft_model_state_dict(backbone.denoiser, state, adapter_name=ADAPTER_NAME)
     for parameter in parameters:
         parameter.requires_grad_(trainable)
 
 
-def _to_float32(backbone: Backbone) -> list[nn.Parameter]:
+def lora_metadata(layers: Mapping[str, LoraLayer], denoiser_key: str) -> dict[str, Any]:
+    """diffusers' header entry that lets ranks and alphas survive; `layers` by module of the denoiser."""
+    return {f"{denoiser_key}.{key}": value for key, value in _config_of(layers).to_dict().items()}
+
+
+def _config_of(layers: Mapping[str, LoraLayer]) -> LoraConfig:
+    """PEFT's description of layers that may differ in rank and alpha: the commonest values, and who differs."""
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: layer.alpha for name, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(layers),
+        rank_pattern={f"^{name}": value for name, value in ranks.items() if value != rank},
+        alpha_pattern={f"^{name}": value for name, value in alphas.items() if value != alpha},
+    )
+
+
+def diffusers_reader(pipeline: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+    """diffusers' own reading of foreign names (kohya's and others' for DiT families), None where a family has none.
+
+    Args:
+        pipeline: a diffusers pipeline or its class.
+    """
+    read = getattr(pipeline, "lora_state_dict", None)
+    if read is None:
+        return None
+
+    def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        answer = read(tensors)
+        state, alphas = answer if isinstance(answer, tuple) else (answer, None)
+        named = {f"{key.removesuffix('.alpha')}.alpha": torch.as_tensor(value) for key, value in (alphas or {}).items()}
+        return {**state, **named}
+
+    return convert
+
+
+def _inject(backbone: Backbone, config: LoraConfig) -> list[nn.Parameter]:
+    """Fresh layers as `config` says; their parameters, float32 whatever the base's dtype."""
+    denoiser: Any = backbone.denoiser
+    if peft_only.has_lora_methods(denoiser):
+        denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
+    else:
+        inject_adapter_in_model(config, denoiser, ADAPTER_NAME)
     parameters = lora_parameters(backbone)
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -259,67 +286,7 @@ def _projections_up_to(backbone: Backbone, taps: Sequence[Tap]) -> list[str]:
     return [name for name in ran if not (name.endswith(TEXT_STREAM) and name.startswith(last))]
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-        return load_file(file), header
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"LoRA {file} is truncated or no safetensors file ({error}); fetch it again") from error
-
-
 def _file_key(backbone: Backbone, peft_key: str) -> str:
     if backbone.denoiser_key == "unet":
         peft_key = peft_key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
     return f"{backbone.denoiser_key}.{peft_key}"
-
-
-def _known_names(backbone: Backbone, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors under diffusers' or PEFT's names behind `unet.` or `transformer.`, and the alphas of a kohya file."""
-    if not peft_only.has_lora_methods(backbone.denoiser):
-        own = f"{backbone.denoiser_key}."
-        return {key.replace("base_model.model.", own, 1): value for key, value in raw.items()}, {}
-    # Kohya numbers the blocks of an XL U-Net in its own way; diffusers asks the config for them.
-    config = {"unet_config": backbone.denoiser.config} if backbone.denoiser_key == "unet" else {}
-    converted = backbone.pipeline.lora_state_dict(dict(raw), **config)
-    state, alphas = converted if isinstance(converted, tuple) else (converted, None)
-    return state, alphas or {}
-
-
-def _checked(backbone: Backbone, state: Mapping[str, Tensor], file: str, made_for: str) -> dict[str, Tensor]:
-    """PEFT-named tensors, after making sure that each one has its place and its other half in the denoiser."""
-    modules: dict[str, Any] = dict(backbone.denoiser.named_modules())
-    peft_state: dict[str, Tensor] = {}
-    for key, value in state.items():
-        peft_key = _to_peft(key.removeprefix(f"{backbone.denoiser_key}."))
-        name, half, _ = peft_key.rpartition(".lora_A.") if ".lora_A." in peft_key else peft_key.rpartition(".lora_B.")
-        module = modules.get(name)
-        if not half or not key.startswith(f"{backbone.denoiser_key}.") or module is None:
-            raise InputError(f"LoRA {file}, made for base `{made_for}`: key `{key}` is unknown to `{backbone.name}`")
-        if value.ndim != 2:
-            raise InputError(f"LoRA {file}: `{key}` has shape {tuple(value.shape)}, not two dimensions")
-        weight = module.weight
-        wanted = weight.shape[1] if half == ".lora_A." else weight.shape[0]
-        got = value.shape[1] if half == ".lora_A." else value.shape[0]
-        if got != wanted:
-            raise InputError(
-                f"LoRA {file}, made for base `{made_for}`: `{key}` is {got} wide, `{backbone.name}` needs {wanted}"
-            )
-        peft_state[peft_key] = value
-    for key in peft_state:
-        other = key.replace(".lora_A.", ".lora_B.") if ".lora_A." in key else key.replace(".lora_B.", ".lora_A.")
-        if other not in peft_state:
-            raise InputError(f"LoRA {file} has `{key}` but not `{other}`: it is incomplete; fetch it again")
-        down, up = (peft_state[key], peft_state[other]) if ".lora_A." in key else (peft_state[other], peft_state[key])
-        if down.shape[0] != up.shape[1]:
-            raise InputError(f"LoRA {file}: `{key}` and `{other}` have ranks {down.shape[0]} and {up.shape[1]}")
-    if not all(math.isfinite(float(value.abs().max())) for value in peft_state.values()):
-        raise InputError(f"LoRA {file} holds NaN or infinite values; take an earlier checkpoint")
-    return peft_state
-
-
-def _to_peft(key: str) -> str:
-    """From diffusers' names and those of the 2023 attention processors (`processor.to_out_lora.down`)."""
-    if ".processor." in key:
-        key = key.replace(".processor.", ".").replace("to_out_lora", "to_out.0.lora").replace("_lora.", ".lora.")
-    return key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")

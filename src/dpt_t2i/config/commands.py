@@ -151,6 +151,24 @@ class DemoConfig(Section):
     seed: int = Field(0, ge=0, description="seed of training and of scoring noise; images take theirs from --seeds")
 
 
+class ExportConfig(Section):
+    """Write LoRA and adapter as the files that diffusers, ComfyUI and A1111 load."""
+
+    model: ModelConfig = ModelConfig()
+    format: Literal["diffusers", "kohya", "merged"] = Field(
+        "diffusers",
+        description="`diffusers`: pytorch_lora_weights.safetensors; `kohya`: for ComfyUI and A1111; "
+        "`merged`: the whole base with the LoRA in its weights",
+    )
+    title: str | None = Field(None, description="name of the model; default: the base's with `-dpt`")
+    license: str | None = Field(None, description="license of the weights, such as openrail++; default: not stated")
+    usage_hint: str = Field("weight 1.0, no trigger word", description="a line for users of the kohya file")
+    alignment: Path | None = Field(None, description="alignment.json of `dpt evaluate alignment`, shown in the card")
+    itm: Path | None = Field(None, description="itm.json of `dpt evaluate itm`, shown in the card")
+    rec: Path | None = Field(None, description="rec.json of `dpt evaluate rec`, shown in the card")
+    output_dir: Path = Field(Path("runs/export"), description="folder to publish")
+
+
 class DoctorConfig(Section):
     """What this machine offers, and whether the model loads on it."""
 

@@ -94,8 +94,8 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
         InputError: a LoRA or adapter that the arm needs was neither given nor ships, or no correction strength is
             known.
     """
-    base = config.model.pretrained_model_name_or_path
-    lora, adapter = choose_artifacts(base, _loras(config)[arm.lora], _adapters(config)[arm.adapter])
+    base, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    lora, adapter = choose_artifacts(base, _loras(config)[arm.lora], _adapters(config)[arm.adapter], revision)
     if arm.lora != "none" and lora is None:
         raise InputError(f"arm `{arm.name}` needs a LoRA: give --{_FLAGS[arm.lora]}")
     if (arm.corrected or arm.best_of > 1) and adapter is None:

@@ -1,19 +1,29 @@
-"""A run's `README.md`: what it is, how it was made, what was measured. Nothing in it that is not in a file."""
+"""The `README.md` of a run or an export: what it is, how it was made, how it is used, what was measured.
+
+Nothing in it that is not in a file.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.errors import InputError
+from dpt_t2i.publish.base_model import BaseModel
+from dpt_t2i.publish.privacy import public
 
 TEMPLATES = Path(__file__).with_name("templates")
 CONFIG = "config.yaml"
+ADAPTERS = ("adapter", "dpt/probe/adapter")  # beside a LoRA; inside a merged model
+MEASURED = ("alignment", "itm", "rec")
 SHOWN = (  # settings in the card's table, where the run has them
     "model.tap",
     "lora.rank",
@@ -33,6 +43,17 @@ SHOWN = (  # settings in the card's table, where the run has them
 )
 
 
+@dataclass(frozen=True)
+class Files:
+    """What lies in the folder that the card is for."""
+
+    lora: bool  # diffusers' `pytorch_lora_weights.safetensors`
+    kohya: tuple[str, ...]  # names of files for ComfyUI and A1111
+    merged: bool  # the folder is a whole model
+    adapter: str | None  # the adapter's folder, relative
+    correction: Mapping[str, Any]  # best strength, where one was measured and stored with the adapter
+
+
 def write_model_card(
     run_folder: Path,
     alignment: Mapping[str, Any] | None = None,
@@ -48,26 +69,90 @@ def write_model_card(
         InputError: the folder has no readable `config.yaml`.
     """
     config = _read_config(run_folder / CONFIG)
-    settings = {key: value for key in SHOWN if (value := _leaf(config, key)) is not None}
+    base, files = _base_setting(config), _look(run_folder)
+    stage = _stage(config, "probe")
+    about = {
+        "title": run_folder.resolve().name,
+        "base": base if _is_hub_id(base) else Path(base).name,
+        "is_hub_id": _is_hub_id(base),
+        "stage": stage,
+        "license": None,
+        "diffusers_loads": True,
+        "dit": False,
+        "all_settings": CONFIG,
+        "files": replace(files, lora=stage != "probe", adapter="adapter" if stage != "control" else None),
+    }
+    return _write(run_folder, config, about, {"alignment": alignment, "itm": itm, "rec": rec})
+
+
+def write_export_card(
+    folder: Path, title: str, base: BaseModel, config: Mapping[str, Any], license_: str | None, **measured: Any
+) -> Path:
+    """Write `folder/README.md` for what `dpt export` put there.
+
+    Args:
+        config: of the run that made the LoRA, from its header; {} for a foreign file.
+        measured: `alignment`, `itm`, `rec` as above.
+    """
+    about = {
+        "title": title,
+        "base": base.name,
+        "is_hub_id": _is_hub_id(base.name),
+        "stage": _stage(config, "foreign"),
+        "license": license_,
+        "diffusers_loads": hasattr(base.lora_reader(), "load_lora_weights"),
+        "dit": base.denoiser_key != "unet",
+        "all_settings": None,
+        "files": _look(folder),
+    }
+    return _write(folder, config, about, {key: measured.get(key) for key in MEASURED})
+
+
+def read_measured(file: Path) -> dict[str, Any]:
+    """A result file of `dpt evaluate`. Raises `InputError`: missing, or not JSON."""
+    try:
+        measured: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {file}: {error}; give the JSON that `dpt evaluate` wrote") from error
+    return measured
+
+
+def _write(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any], measured: Mapping[str, Any]) -> Path:
+    settings = {key: public(value) for key in SHOWN if (value := _leaf(config, key)) is not None}
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     card = environment.get_template("model_card.md.j2").render(
-        name=run_folder.resolve().name,
-        stage="control" if config.get("objective") == "denoise_only" else "tune" if "lora" in config else "probe",
-        base=_base(config),
-        is_hub_id=_is_hub_id(_base_setting(config)),
+        **about,
+        **measured,
+        name=folder.resolve().name,
         settings=settings,
-        alignment=alignment,
-        itm=itm,
-        rec=rec,
-        versions=next((measured["versions"] for measured in (alignment, itm, rec) if measured), {}),
+        versions=next((one["versions"] for one in measured.values() if one and "versions" in one), {}),
     )
-    path = run_folder / "README.md"
-    unfinished = run_folder / "README.md.partial"
+    path = folder / "README.md"
+    unfinished = folder / "README.md.partial"
     unfinished.write_text(card.strip() + "\n", encoding="utf-8")
     os.replace(unfinished, path)
     return path
+
+
+def _stage(config: Mapping[str, Any], without_lora: str) -> str:
+    if config.get("objective") == "denoise_only":
+        return "control"
+    return "tune" if "lora" in config else without_lora
+
+
+def _look(folder: Path) -> Files:
+    adapters = [place for place in ADAPTERS if (folder / place / "config.json").is_file()]
+    card = json.loads((folder / adapters[0] / "config.json").read_text(encoding="utf-8")) if adapters else {}
+    weights = sorted(file.name for file in folder.glob("*.safetensors"))
+    return Files(
+        lora=LORA_FILE in weights,
+        kohya=tuple(name for name in weights if name != LORA_FILE),
+        merged=(folder / "model_index.json").is_file(),
+        adapter=adapters[0] if adapters else None,
+        correction=card.get("metadata", {}).get("correction", {}),
+    )
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
@@ -89,12 +174,6 @@ def _leaf(config: Mapping[str, Any], key: str) -> Any:
 
 def _base_setting(config: Mapping[str, Any]) -> str:
     return str(config["model"].get("pretrained_model_name_or_path", "bundled"))
-
-
-def _base(config: Mapping[str, Any]) -> str:
-    """The base's name; of a folder only its last part, so that no private path is published."""
-    setting = _base_setting(config)
-    return setting if _is_hub_id(setting) else Path(setting).name
 
 
 def _is_hub_id(name: str) -> bool:

@@ -111,11 +111,12 @@ def load_model(
 ) -> T2IModel:
     """See `dpt_t2i.load`; `dtype` is that of the frozen weights."""
     backbone = load_backbone(base, revision, device, dtype)
-    lora_path, adapter_path = choose_artifacts(base, lora, adapter)
+    lora_path, adapter_path = choose_artifacts(base, lora, adapter, revision)
     if lora_path is not None:
         load_lora(backbone, lora_path)
     return T2IModel(backbone, None if adapter_path is None else _load_adapter(backbone, adapter_path))
 
 
 def _load_adapter(backbone: Backbone, folder: Path) -> DiscriminativeAdapter:
-    return load_adapter(folder, backbone.device, backbone.fingerprint())[0]
+    fingerprint = {**backbone.fingerprint(), "lora": lora_hash(backbone.denoiser)}
+    return load_adapter(folder, backbone.device, fingerprint)[0]

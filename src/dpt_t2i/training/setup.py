@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from dpt_t2i.adapter.grounding_text import load_grounding_text
 from dpt_t2i.adapter.io import save_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.backbones.fingerprint import lora_hash
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import load_backbone, resolve_device
 from dpt_t2i.backbones.taps import parse_fusion
@@ -154,10 +155,10 @@ def _check_widths(adapter: DiscriminativeAdapter, backbone: Backbone, text_dim: 
 
 
 def store_adapter(setup: Setup, folder: Path, **metadata: Any) -> None:
-    """Write the adapter with what it needs to be used again: taps, base, and what the recipe adds."""
+    """Write the adapter with what it needs to be used again: taps, base, LoRA, and what the recipe adds."""
     save_adapter(
         setup.adapter,
         folder,
-        base_fingerprint=setup.backbone.fingerprint(),
+        base_fingerprint={**setup.backbone.fingerprint(), "lora": lora_hash(setup.backbone.denoiser)},
         metadata=setup.adapter_metadata | metadata,
     )

@@ -1,0 +1,251 @@
+"""`dpt export`: what it writes gives stock diffusers the very image, and other programs the keys that they look for."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import dpt_t2i
+from dpt_t2i.adapter.io import save_adapter
+from dpt_t2i.backbones.loading import load_backbone
+from dpt_t2i.backbones.lora import LORA_FILE, add_lora, load_lora, save_lora
+from dpt_t2i.cli import main
+from dpt_t2i.config import ExportConfig, build_config
+from dpt_t2i.errors import InputError
+from dpt_t2i.publish.export import run_export
+from tests.publish.pipelines import ALPHA, RANK, Family, image_of, make, save_dit_configs, stock
+from tests.tiny import tiny_adapter
+
+TO_Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"  # in SD 1, 2 and XL
+TO_Q_KOHYA = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Family]:
+    return request.param, make(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make("sd1", tmp_path_factory.mktemp("models"))
+
+
+def export(base: Path, lora: Path | str | None, folder: Path, kind: str, **more: Any) -> dict[str, Any]:
+    asked = {"pretrained_model_name_or_path": str(base), "format": kind, "output_dir": str(folder), **more}
+    return run_export(build_config(ExportConfig, None, asked | ({} if lora is None else {"lora": str(lora)})))
+
+
+def header_of(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
+def test_diffusers_to_kohya_to_diffusers_is_the_same_image(family: tuple[str, Family], tmp_path: Path) -> None:
+    name, made = family
+    export(made.base, made.lora, tmp_path / "one", "diffusers")
+    answer = export(made.base, tmp_path / "one", tmp_path / "two", "kohya")
+    kohya = tmp_path / "two" / answer["files"][0]
+    export(made.base, kohya, tmp_path / "three", "diffusers")
+    pipeline = stock(made.base)
+    images = {}
+    for file in (tmp_path / "one" / LORA_FILE, kohya, tmp_path / "three" / LORA_FILE):
+        pipeline.load_lora_weights(file.parent, weight_name=file.name)
+        images[file] = image_of(pipeline)
+        pipeline.unload_lora_weights()
+    assert (answer["rank"], answer["alpha"]) == ([RANK], [ALPHA])
+    for file, image in images.items():
+        np.testing.assert_allclose(image, made.image, atol=1e-5, err_msg=str(file))
+    np.testing.assert_allclose(image_of(pipeline), made.plain, atol=1e-5)
+    assert np.abs(made.image - made.plain).max() > 1e-2
+    without_alpha = {key: one for key, one in load_file(kohya).items() if not key.endswith(".alpha")}
+    pipeline.load_lora_weights(without_alpha)  # the bar above sees a lost alpha
+    assert np.abs(image_of(pipeline) - made.image).max() > 1e-3
+
+
+def test_the_kohya_file_has_the_keys_and_headers_that_comfyui_and_a1111_look_for(
+    family: tuple[str, Family], tmp_path: Path
+) -> None:
+    name, made = family
+    answer = export(made.base, made.lora, tmp_path, "kohya", title="My LoRA", license="mit")
+    assert answer["files"] == ["My-LoRA.safetensors", "README.md"]
+    file = tmp_path / "My-LoRA.safetensors"
+    tensors, header = load_file(file), header_of(file)
+    source = load_file(made.lora / LORA_FILE)
+    assert {key.split(".", 1)[1] for key in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    assert len(tensors) == 3 * answer["layers"] == 3 * len(source) // 2
+    assert torch.equal(tensors[f"{TO_Q_KOHYA}.lora_down.weight"], source[f"unet.{TO_Q}.lora_A.weight"])
+    assert torch.equal(tensors[f"{TO_Q_KOHYA}.lora_up.weight"], source[f"unet.{TO_Q}.lora_B.weight"])
+    assert tensors[f"{TO_Q_KOHYA}.alpha"].shape == () and tensors[f"{TO_Q_KOHYA}.alpha"] == ALPHA != RANK
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0.alpha" in tensors
+    architecture, version, prediction = {
+        "sd1": ("stable-diffusion-v1", "sd_v1", "epsilon"),
+        "sd2": ("stable-diffusion-v2-768-v", "sd_v2_v", "v"),
+        "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "epsilon"),
+    }[name]
+    raw = file.read_bytes()
+    digest = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
+    expected = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.title": "My LoRA",
+        "modelspec.resolution": "32x32",
+        "modelspec.prediction_type": prediction,
+        "modelspec.license": "mit",
+        "modelspec.usage_hint": "weight 1.0, no trigger word",
+        "modelspec.hash_sha256": f"0x{digest}",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "7.0",
+        "ss_base_model_version": version,
+        "ss_v2": str(name == "sd2"),
+    }
+    assert {key: header.get(key) for key in expected} == expected
+    assert header["modelspec.date"][:2] == "20"
+
+
+def tuned(made: Family, folder: Path) -> Path:
+    """A run folder of our own: LoRA with header, adapter beside it, both full of paths."""
+    backbone = load_backbone(made.base, device="cpu")
+    load_lora(backbone, made.lora)
+    config = {
+        "model": {"pretrained_model_name_or_path": "/home/secret/base", "tap": "up1"},
+        "lora": {"rank": 4},
+        "data": {"dataset": "/data/secret/pictures", "resolution": None},
+        "train": {"learning_rate": 1e-4, "max_train_steps": 40, "train_batch_size": 8, "mixed_precision": "no"},
+        "output_dir": "~/secret/run",
+        "seed": 5,
+    }
+    save_lora(backbone, folder, config)
+    fingerprint = {**backbone.fingerprint(), "lora": None}
+    correction = {"correct": 0.02, "correction_rule": "relative"}
+    save_adapter(
+        tiny_adapter(backbone),
+        folder / "adapter",
+        base_fingerprint=fingerprint,
+        metadata={"config": config, "correction": correction},
+    )
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "kohya"])
+def test_a_run_is_exported_with_its_adapter_and_without_a_private_path(sd1: Family, tmp_path: Path, kind: str) -> None:
+    run = tuned(sd1, tmp_path / "run")
+    answer = export(sd1.base, run, tmp_path / "out", kind)
+    assert answer["files"][1:] == ["adapter/model.safetensors", "adapter/config.json", "README.md"]
+    everything = b"".join(file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert b"secret" not in everything and str(tmp_path).encode() not in everything
+    header = header_of(tmp_path / "out" / answer["files"][0])
+    if kind == "kohya":
+        assert len([key for key in header if key.startswith("ss_")]) >= 12
+        assert (header["ss_seed"], header["ss_learning_rate"], header["ss_max_train_steps"]) == ("5", "0.0001", "40")
+    else:
+        assert json.loads(header["lora_adapter_metadata"])["unet.lora_alpha"] == ALPHA
+        assert json.loads(header["dpt"])["base"] == json.loads(header_of(run / LORA_FILE)["dpt"])["base"]
+    model = dpt_t2i.load(str(sd1.base), str(tmp_path / "out" / answer["files"][0]), device="cpu")
+    assert model.adapter is not None  # found beside the LoRA
+    np.testing.assert_allclose(image_of(model.pipeline), sd1.image, atol=1e-5)
+
+
+def test_merged_is_a_stock_model_and_holds_the_adapter_for_it(
+    sd1: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export(sd1.base, tuned(sd1, tmp_path / "run"), tmp_path / "out", "merged")
+    np.testing.assert_allclose(image_of(stock(tmp_path / "out")), sd1.image, atol=1e-5)
+    caplog.clear()
+    model = dpt_t2i.load(str(tmp_path / "out"), device="cpu")
+    assert model.adapter is not None and model.adapter.origin is not None
+    assert model.adapter.origin.base["name"] == "out" and model.adapter.origin.metadata["correction"]["correct"] == 0.02
+    assert not [record for record in caplog.records if record.name.startswith("dpt_t2i")]
+    with pytest.raises(InputError, match="out is not empty"):
+        export(sd1.base, sd1.lora, tmp_path / "out", "merged")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_merged_sdxl(tmp_path: Path) -> None:
+    made = make("sdxl", tmp_path)
+    export(made.base, made.lora, tmp_path / "out", "merged")
+    # (W + BA) x and W x + B (A x) round differently: 1.7e-5 was seen
+    np.testing.assert_allclose(image_of(stock(tmp_path / "out")), made.image, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart"])
+def test_dit_keys_are_diffusers_and_kohya_is_refused(tmp_path: Path, name: str) -> None:
+    transformer = save_dit_configs(name, tmp_path / "base")
+    module = "transformer_blocks.0.attn.to_q" if name == "flux" else "transformer_blocks.0.attn1.to_q"
+    width = transformer.get_submodule(module).weight.shape[0]
+    down, up = torch.randn(2, width), torch.randn(width, 2)
+    tensors = {f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}
+    described = json.dumps({"transformer.r": 2, "transformer.lora_alpha": 5})
+    save_file(tensors, tmp_path / "source.safetensors", metadata={"lora_adapter_metadata": described})
+    export(tmp_path / "base", tmp_path / "source.safetensors", tmp_path / "out", "diffusers")
+    written = load_file(tmp_path / "out" / LORA_FILE)
+    assert written.keys() == tensors.keys() and all(torch.equal(written[key], tensors[key]) for key in tensors)
+    assert json.loads(header_of(tmp_path / "out" / LORA_FILE)["lora_adapter_metadata"])["transformer.lora_alpha"] == 5
+    with pytest.raises(InputError, match="kohya is for U-Nets.*fuse q, k and v.*--format diffusers"):
+        export(tmp_path / "base", tmp_path / "source.safetensors", tmp_path / "kohya", "kohya")
+    assert not (tmp_path / "kohya").exists()
+
+
+def test_a_lora_of_another_family_or_prediction_type_is_one_line(sd1: Family, tmp_path: Path) -> None:
+    save_dit_configs("flux", tmp_path / "flux")
+    with pytest.raises(InputError, match="key `unet..*is unknown to `flux`; is it a LoRA of this family?"):
+        export(tmp_path / "flux", sd1.lora, tmp_path / "out", "diffusers")
+    other = make("sd2", tmp_path / "two")
+    with pytest.raises(InputError, match="prediction_type epsilon.*prediction_type v_prediction"):
+        export(other.base, tuned(sd1, tmp_path / "run"), tmp_path / "out", "kohya")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_is_one_line(sd1: Family, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`base` ships none; give --lora"):
+        export(sd1.base, None, tmp_path / "out", "diffusers")
+    with pytest.raises(InputError, match="is the LoRA to export itself"):
+        export(sd1.base, sd1.lora, sd1.lora, "diffusers")
+    (tmp_path / "cut.safetensors").write_bytes((sd1.lora / LORA_FILE).read_bytes()[:-10])
+    with pytest.raises(InputError, match="cut.safetensors is truncated"):
+        export(sd1.base, tmp_path / "cut.safetensors", tmp_path / "out", "kohya")
+    with pytest.raises(InputError, match="no adapter folder"):
+        export(sd1.base, sd1.lora, tmp_path / "out", "diffusers", adapter=str(tmp_path))
+    with pytest.raises(InputError, match="cannot read .*nothing.json"):
+        export(sd1.base, sd1.lora, tmp_path / "out", "diffusers", itm=str(tmp_path / "nothing.json"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(sd1: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--pretrained_model_name_or_path", str(sd1.base), "--output_dir", str(tmp_path / "out")]
+    assert main(["export", "--format", "kohya", "--lora", str(sd1.lora), *where, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"][0] == "base-dpt.safetensors"
+    assert main(["export", "--format", "onnx", *where]) == 2
+    assert "onnx" in capsys.readouterr().err
+
+
+def test_a_foreign_lora_gets_a_card_that_claims_nothing(sd1: Family, tmp_path: Path) -> None:
+    export(sd1.base, sd1.lora, tmp_path, "diffusers")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "does not say how it was trained" in text and "--correct" not in text and "## Training" not in text
+    assert 'base = "path/to/base"' in text and "--format kohya" in text
+
+
+def test_ranks_and_alphas_that_differ_between_layers_survive(sd1: Family, tmp_path: Path) -> None:
+    backbone = load_backbone(sd1.base, device="cpu")
+    add_lora(backbone, 2)
+    mid = "mid_block.attentions.0.transformer_blocks.0.attn1.to_k"
+    tensors = {}
+    for name, rank, alpha in ((TO_Q, 2, 3.0), (mid, 4, 1.0), (TO_Q.replace("attn1.to_q", "attn1.to_k"), 2, 3.0)):
+        out, wide = backbone.denoiser.get_submodule(name).weight.shape
+        stem = "lora_unet_" + name.replace(".", "_")
+        tensors[f"{stem}.lora_down.weight"] = torch.randn(rank, wide)
+        tensors[f"{stem}.lora_up.weight"] = torch.randn(out, rank)
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    export(sd1.base, tmp_path / "mixed.safetensors", tmp_path / "one", "diffusers")
+    answer = export(sd1.base, tmp_path / "one", tmp_path / "two", "kohya")
+    again = load_file(tmp_path / "two" / answer["files"][0])
+    assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
+    assert header_of(tmp_path / "two" / answer["files"][0])["ss_network_dim"] == "Dynamic"
