@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
 from dpt_t2i.errors import InputError
@@ -50,6 +51,19 @@ def load_backbone(
         raise InputError(f"{folder}: pipeline class {family} is not supported; supported: {', '.join(FAMILIES)}")
     place = resolve_device(device)
     return FAMILIES[family](folder, _display_name(name_or_path), place, DTYPES[dtype])
+
+
+def backbone_of(pipeline: Any) -> Backbone:
+    """A backbone around a diffusers pipeline that is in memory already; its modules are frozen and used in place.
+
+    Raises:
+        InputError: a family that is not supported, naming those that are.
+    """
+    kind = type(pipeline).__name__
+    if kind not in PIPELINES:
+        raise InputError(f"pipelines of class {kind} are not supported; supported: {', '.join(PIPELINES)}")
+    source = str(getattr(pipeline, "name_or_path", "") or "")
+    return PIPELINES[kind](pipeline, _display_name(source) if source else kind)
 
 
 def base_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -138,6 +152,13 @@ def _load_stable_diffusion(
 
 FAMILIES: dict[str, Callable[[Path, str, torch.device, torch.dtype], StableDiffusionBackbone]] = {
     "StableDiffusionPipeline": _load_stable_diffusion,
+}
+
+
+# Pipeline class -> backbone of a pipeline and its name; all that share the denoiser's call, not text to image alone.
+PIPELINES: dict[str, Callable[[Any, str], Backbone]] = {
+    "StableDiffusionPipeline": StableDiffusionBackbone,
+    "StableDiffusionImg2ImgPipeline": StableDiffusionBackbone,
 }
 
 

@@ -15,7 +15,7 @@ from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.noising import Noising
 from dpt_t2i.backbones.reader import read_maps, read_output
 from dpt_t2i.backbones.taps import parse_taps, tap_of_output
-from dpt_t2i.backbones.types import Features, Tap, TextStates
+from dpt_t2i.backbones.types import Features, PipelineCall, Tap, TextStates
 from dpt_t2i.backbones.unet_taps import unet_taps
 from dpt_t2i.errors import InputError
 
@@ -43,6 +43,7 @@ class StableDiffusionBackbone:
     """
 
     denoiser_key = "unet"
+    pipeline_call = PipelineCall()
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
         self.name = name

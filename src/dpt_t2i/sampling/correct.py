@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,16 @@ from dpt_t2i.errors import InputError
 
 Scorer = Callable[[Tensor, Tensor, TextStates], Tensor]  # (z_t [B, C, h, w], t [B], text) -> scores [B]
 Rule = Literal["fixed", "relative"]
+
+
+@runtime_checkable
+class PredictingScorer(Protocol):
+    """A scorer that can also read its score off the denoiser's own prediction: what a fused correction needs."""
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor: ...
+    def predict_and_score(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> tuple[Tensor, Tensor]:
+        """z_t `[B, C, h, w]` -> the prediction `[B, C, h, w]` without a graph, and scores `[B]` with one."""
+        ...
 
 
 def correct(
@@ -45,6 +55,27 @@ def correct(
         step = float(timesteps.flatten()[0])
         raise InputError(f"self-correction: the gradient at timestep {step:g} is NaN or infinite; use dtype float32")
     return _step(point.detach(), gradient, strength, rule), scores.detach().float()
+
+
+def predict_and_correct(
+    latents: Tensor,
+    timesteps: Tensor,
+    text: TextStates,
+    *,
+    scorer: PredictingScorer,
+    strength: float,
+    rule: Rule = "fixed",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`correct` for the price of a prediction: the denoiser's answer at z_t, z^_t, and the score of z_t."""
+    predictions: list[Tensor] = []
+
+    def score(noisy: Tensor, steps: Tensor, states: TextStates) -> Tensor:
+        prediction, scores = scorer.predict_and_score(noisy, steps, states)
+        predictions.append(prediction)
+        return scores
+
+    moved, scores = correct(latents, timesteps, text, score=score, strength=strength, rule=rule)
+    return predictions[0], moved, scores
 
 
 def _step(point: Tensor, gradient: Tensor, strength: float, rule: Rule) -> Tensor:
