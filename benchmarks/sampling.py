@@ -3,9 +3,9 @@
     python benchmarks/sampling.py
     python benchmarks/sampling.py --base bundled --base PATH/TO/DIFFUSERS/FOLDER --output runs/sampling.json
 
-One thread, DDIM, guidance 4, mode `state`. The three kinds of step take turns within a round, so that a busy machine
-slows all of them; a figure is the median over all rounds and steps. A base that ships no adapter gets a random one of
-small sizes: what it says does not matter here, only what it costs.
+One thread, DDIM, guidance 4, mode `state`. Time is the process's CPU time, which on one thread is wall time less what
+other programs took. The three kinds of step take turns within a round; a figure is the median over rounds and steps.
+A base that ships no adapter gets a random one of small sizes: what it says does not matter here, only what it costs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _measure(base: str, tap: str, batches: list[int], rounds: int) -> list[tuple
 
 
 def _figures(backbone: Backbone, scorer: MatchScorer, batch: int, rounds: int) -> dict[str, float]:
-    """Milliseconds of a step of each kind, and its overhead over a plain one."""
+    """CPU milliseconds of a step of each kind, and its overhead over a plain one."""
     text, null = backbone.encode_text([PROMPT] * batch), backbone.null_text(batch)
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(rounds):
@@ -89,12 +89,12 @@ def _figures(backbone: Backbone, scorer: MatchScorer, batch: int, rounds: int) -
 def _step_times(
     backbone: Backbone, scorer: MatchScorer, text: TextStates, null: TextStates, correction: CorrectionConfig
 ) -> list[float]:
-    """Seconds of each counted step of one run."""
+    """CPU seconds of each counted step of one run."""
     side = tuple(pixels // backbone.vae_scale for pixels in backbone.image_size)
     noise = initial_noise(0, (len(text), backbone.latent_channels, *side))
     ends: list[float] = []
     settings = SampleConfig(steps=STEPS, guidance_scale=4.0)
-    sample(backbone, text, null, noise, settings, correction, scorer, lambda _step: ends.append(time.perf_counter()))
+    sample(backbone, text, null, noise, settings, correction, scorer, lambda _step: ends.append(time.process_time()))
     return [end - start for start, end in zip(ends, ends[1:], strict=False)][:-1]
 
 
