@@ -52,10 +52,15 @@ def sample(
         scorer: judges z_t; needed if `correction.correct` > 0, and a `PredictingScorer` if the correction is fused.
 
     Raises:
-        InputError: correction without a scorer or under `torch.inference_mode`, its gradient is not finite, or it is
-            fused in mode `noise`.
+        InputError: numbers of latents, prompts and negative prompts that differ; correction without a scorer or
+            under `torch.inference_mode`, its gradient is not finite, or it is fused in mode `noise`.
     """
     _check(correction, scorer)
+    if not len(initial_latents) == len(text) == len(null):
+        raise InputError(
+            f"{len(initial_latents)} latents, {len(text)} prompts and {len(null)} negative prompts do not go together; "
+            "give as many of each"
+        )
     scheduler = make_scheduler(backbone, settings.scheduler, settings.steps)
     latents = initial_latents.to(backbone.device, torch.float32) * scheduler.init_noise_sigma
     steps, fused = len(scheduler.timesteps), correction.correction_fused

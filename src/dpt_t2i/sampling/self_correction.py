@@ -37,18 +37,21 @@ class SelfCorrection:
 
     Args:
         pipeline: of a supported family; its modules are frozen and put into eval mode.
-        adapter: folder that `dpt probe` or `dpt tune` wrote, or an adapter in memory. It knows the tap that it reads.
+        adapter: folder that `dpt probe` or `dpt tune` wrote, or an adapter in memory, which is frozen too. It knows the
+            tap that it reads.
         settings: those of `dpt generate` by the same names: `correct`, `correction_rule`, `correction_mode`,
             `correction_start`, `correction_end`, `correction_every`. What is not given is taken from what is stored
             with the adapter, if anything, else from the command's defaults.
 
     Raises:
-        InputError: an unsupported pipeline, an adapter of another architecture, an unknown setting, or no strength.
+        InputError: an unsupported pipeline, an adapter of another architecture, an unknown setting, no strength, or
+            weights that are offloaded by layer.
     """
 
     def __init__(self, pipeline: Any, adapter: str | PathLike[str] | DiscriminativeAdapter, **settings: Any) -> None:
         self.backbone: Backbone = backbone_of(pipeline)
         self.pipeline = pipeline
+        check_offload(self.backbone.denoiser)
         stored: dict[str, Any] = {}
         if not isinstance(adapter, DiscriminativeAdapter):
             adapter, metadata = load_adapter(Path(adapter), torch.device("cpu"), self.backbone.fingerprint())
@@ -56,7 +59,7 @@ class SelfCorrection:
         self.config = build_config(CorrectionConfig, overrides={**stored, **settings})
         _check_settings(self.config)
         taps = [self.backbone.parse_taps(name)[0] for name in adapter.tap_channels]
-        self.scorer = MatchScorer(self.backbone, adapter, taps)
+        self.scorer = MatchScorer(self.backbone, adapter.requires_grad_(False), taps)
 
     def callback(
         self, prompt: str | Sequence[str], height: int | None = None, width: int | None = None
