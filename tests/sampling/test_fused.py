@@ -26,8 +26,8 @@ class PushAlong:
     def __call__(self, z, t, text):
         return (z * SHIFT).flatten(1).sum(1)
 
-    def predict_and_score(self, z, t, text):
-        return NOISE.expand_as(z), self(z, t, text)
+    def predict_and_score(self, z, t, text, scored):
+        return NOISE.expand_as(z), self(z[-scored:], t[-scored:], text)
 
 
 def final(name: str, on_step=None, **settings) -> torch.Tensor:
@@ -60,15 +60,16 @@ def test_after_the_last_step_nothing_is_left_to_correct():
 def test_prediction_and_correction_are_those_of_two_passes(taps):
     backbone = tiny_backbone()
     scorer = MatchScorer(backbone, tiny_adapter(backbone, taps), backbone.parse_taps(taps))
-    text = backbone.encode_text(["a red circle", "two blue stars"])
+    text, null = backbone.encode_text(["a red circle", "two blue stars"]), backbone.null_text(2)
     with torch.no_grad():
-        prediction, moved, scores = predict_and_correct(LATENTS, TIMESTEPS, text, scorer=scorer, strength=100.0)
+        prediction, moved, scores = predict_and_correct(LATENTS, TIMESTEPS, text, null, scorer=scorer, strength=100.0)
         assert not torch.is_grad_enabled()
     expected, expected_scores = correct(LATENTS, TIMESTEPS, text, score=scorer, strength=100.0)
     torch.testing.assert_close(moved, expected)
     torch.testing.assert_close(scores, expected_scores)
     assert not torch.allclose(moved, LATENTS, atol=1e-3)
-    torch.testing.assert_close(prediction, backbone.predict(LATENTS, TIMESTEPS, text)[0])
+    for rows, texts in ((prediction[:2], null), (prediction[2:], text)):
+        torch.testing.assert_close(rows, backbone.predict(LATENTS, TIMESTEPS, texts)[0])
 
 
 def test_no_graph_is_recorded_behind_the_tap():
@@ -81,7 +82,7 @@ def test_no_graph_is_recorded_behind_the_tap():
         )
     point = LATENTS.clone().requires_grad_(True)
     text = backbone.encode_text(["a star"] * 2)
-    prediction, scores = scorer.predict_and_score(point, TIMESTEPS, text)
+    prediction, scores = scorer.predict_and_score(point, TIMESTEPS, text, 2)
     assert graph == {"up_blocks.1": True, "up_blocks.2": False, "up_blocks.3": False}
     assert scores.requires_grad and not prediction.requires_grad
     assert torch.is_grad_enabled()
@@ -100,7 +101,8 @@ class Operations(TorchDispatchMode):
 
 
 def test_operations_of_a_corrected_step():
-    """A standard correction costs a pass to the tap and the way back; a fused one the way back alone."""
+    """A standard correction costs a pass to the tap and the way back. A fused one saves the pass, and goes back through
+    the unconditional branch as well, whose rows share the graph: fewer calls, and no more arithmetic."""
     backbone = tiny_backbone()
     scorer = MatchScorer(backbone, tiny_adapter(backbone), backbone.parse_taps("up1"))
     text, null = backbone.encode_text(["a star"]), backbone.null_text(1)
@@ -119,10 +121,11 @@ def test_operations_of_a_corrected_step():
         to_tap = operations(lambda: backbone.features(LATENTS[:1], TIMESTEPS[:1], text, scorer.taps))
         scoring = operations(lambda: scorer(LATENTS[:1], TIMESTEPS[:1], text))
     plain, standard, fused = two_steps(), two_steps(correct=1.0), two_steps(correct=1.0, correction_fused=True)
-    assert standard - fused == to_tap  # the pass that is saved
-    # Beside the adapter, the way back: what the way there costs, and no gradient of a weight, which would double it.
     adapter = scoring - to_tap
-    assert 0.5 * scoring < fused - plain - adapter <= 1.05 * scoring
+    # The way back costs what the way there does: the gradient of a weight, as dear again, is computed nowhere.
+    assert scoring < standard - plain <= 2.1 * scoring
+    assert fused - plain <= 2.1 * (to_tap + adapter)
+    assert fused <= standard
 
 
 def test_mode_noise_and_scorers_that_cannot_predict_are_refused():
@@ -131,7 +134,7 @@ def test_mode_noise_and_scorers_that_cannot_predict_are_refused():
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
-def test_one_branch_after_the_other_is_the_same_guided_prediction(guidance):
+def test_a_fused_step_predicts_what_a_plain_one_does(guidance):
     backbone = tiny_backbone()
     scorer = MatchScorer(backbone, tiny_adapter(backbone), backbone.parse_taps("up1"))
     text, null = backbone.encode_text(["a star", "two blue stars"]), backbone.null_text(2)

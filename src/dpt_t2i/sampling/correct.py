@@ -20,8 +20,10 @@ class PredictingScorer(Protocol):
     """A scorer that can also read its score off the denoiser's own prediction: what a fused correction needs."""
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor: ...
-    def predict_and_score(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> tuple[Tensor, Tensor]:
-        """z_t `[B, C, h, w]` -> the prediction `[B, C, h, w]` without a graph, and scores `[B]` with one."""
+    def predict_and_score(
+        self, noisy: Tensor, timesteps: Tensor, text: TextStates, scored: int
+    ) -> tuple[Tensor, Tensor]:
+        """z_t `[N, C, h, w]` -> predictions `[N, C, h, w]` without a graph; scores of the last `scored` with one."""
         ...
 
 
@@ -61,16 +63,26 @@ def predict_and_correct(
     latents: Tensor,
     timesteps: Tensor,
     text: TextStates,
+    null: TextStates | None,
     *,
     scorer: PredictingScorer,
     strength: float,
     rule: Rule = "fixed",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`correct` for the price of a prediction: the denoiser's answer at z_t, z^_t, and the score of z_t."""
+    """`correct`, with its gradient from the pass that predicts: predictions at z_t, z^_t, and the scores of z_t.
+
+    Args:
+        null: texts of the unconditional branch; it goes through the same pass, and its predictions `[B, C, h, w]` come
+            before the conditional ones. None = no such branch.
+    """
     predictions: list[Tensor] = []
 
-    def score(noisy: Tensor, steps: Tensor, states: TextStates) -> Tensor:
-        prediction, scores = scorer.predict_and_score(noisy, steps, states)
+    def score(point: Tensor, steps: Tensor, states: TextStates) -> Tensor:
+        if null is not None:
+            noisy, steps, texts = torch.cat([latents, point]), steps.repeat(2), TextStates.cat([null, states])
+        else:
+            noisy, texts = point, states
+        prediction, scores = scorer.predict_and_score(noisy, steps, texts, len(point))
         predictions.append(prediction)
         return scores
 

@@ -125,20 +125,19 @@ def _fused(
     scorer: Scorer | None,
     correction: CorrectionConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The guided prediction at z_t, the shift z^_t - z_t that the next latent gets, and the scores of z_t.
-
-    The branches are predicted one by one: the unconditional one needs no gradient, and its share of a common graph
-    would be walked back through for nothing.
-    """
+    """The guided prediction at z_t, the shift z^_t - z_t that the next latent gets, and the scores of z_t."""
     assert isinstance(scorer, PredictingScorer)
-    timesteps, rule = timestep.expand(len(z)), correction.correction_rule
-    conditional, moved, scores = predict_and_correct(
-        z, timesteps, text, scorer=scorer, strength=correction.correct, rule=rule
+    predictions, moved, scores = predict_and_correct(
+        z,
+        timestep.expand(len(z)),
+        text,
+        None if guidance_scale == 1 else null,
+        scorer=scorer,
+        strength=correction.correct,
+        rule=correction.correction_rule,
     )
-    if guidance_scale == 1:
-        return conditional, moved - z, scores
-    unconditional, _ = backbone.predict(z, timesteps, null)
-    return unconditional + guidance_scale * (conditional - unconditional), moved - z, scores
+    guided = predictions if guidance_scale == 1 else _combine(predictions, guidance_scale)
+    return guided, moved - z, scores
 
 
 def _guided(
@@ -155,5 +154,10 @@ def _guided(
         return backbone.predict(z_cond, timestep.expand(len(z)), text)[0]
     both = torch.cat([z, z_cond])
     prediction, _ = backbone.predict(both, timestep.expand(len(both)), TextStates.cat([null, text]))
-    unconditional, conditional = prediction.chunk(2)
+    return _combine(prediction, guidance_scale)
+
+
+def _combine(predictions: Tensor, guidance_scale: float) -> Tensor:
+    """`[2B, C, h, w]`, the unconditional ones first -> `[B, C, h, w]`."""
+    unconditional, conditional = predictions.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)

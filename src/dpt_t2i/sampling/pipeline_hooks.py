@@ -39,8 +39,7 @@ class StateCallback(PipelineCallback):
         """Correct `latents` for the step that comes next; after the last there is none."""
         position, steps = _position(pipeline, timesteps)
         if position + 1 < steps and self.guide.wanted(position + 1, steps):
-            scheduler = pipeline.scheduler
-            timestep = scheduler.timesteps[len(scheduler.timesteps) - steps + position + 1]
+            scheduler, timestep = pipeline.scheduler, _timestep_at(pipeline, position + 1, steps)
             latents: Tensor = callback_kwargs["latents"]
             z = latents.float() * input_scale(scheduler, timestep)
             moved, scores = self.guide.correct(z, timestep, callback_kwargs.get("prompt_embeds"))
@@ -83,11 +82,13 @@ class DenoiserHook:
         name = "sample" if "sample" in kwargs else "hidden_states"
         latents: Tensor = args[0] if args else kwargs[name]
         given: Any = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        timestep = torch.as_tensor(given).flatten()[0] * self.guide.backbone.pipeline_call.timestep_scale
-        position, steps = _position(self.guide.backbone.pipeline, timestep)
+        timestep = torch.as_tensor(given).flatten()[0].float() * self.guide.backbone.pipeline_call.timestep_scale
+        pipeline = self.guide.backbone.pipeline
+        position, steps = _position(pipeline, timestep)
         if not self.guide.wanted(position, steps):
             return None
-        corrected = self._correct(latents, timestep, kwargs.get("encoder_hidden_states"))
+        exact = _timestep_at(pipeline, position, steps)  # what the denoiser is given may be rounded to its dtype
+        corrected = self._correct(latents, exact, kwargs.get("encoder_hidden_states"))
         return ((corrected, *args[1:]), kwargs) if args else (args, kwargs | {name: corrected})
 
     def _correct(self, latents: Tensor, timestep: Tensor, tokens: Tensor | None) -> Tensor:
@@ -132,8 +133,14 @@ def _position(pipeline: Any, timestep: Any) -> tuple[int, int]:
     """Which step of the pipeline's schedule `timestep` is, of how many; image to image leaves out the first ones."""
     schedule: Tensor = pipeline.scheduler.timesteps
     steps = int(getattr(pipeline, "num_timesteps", None) or len(schedule))
-    nearest = (schedule.float() - torch.as_tensor(timestep).to(schedule).float()).abs().argmin()
+    nearest = (schedule.float() - torch.as_tensor(timestep).to(schedule.device).float()).abs().argmin()
     return int(nearest) - (len(schedule) - steps), steps
+
+
+def _timestep_at(pipeline: Any, position: int, steps: int) -> Tensor:
+    """[] the timestep of step `position` of `steps`."""
+    timestep: Tensor = pipeline.scheduler.timesteps[len(pipeline.scheduler.timesteps) - steps + position]
+    return timestep
 
 
 def _images(rows: int) -> str:

@@ -14,7 +14,7 @@ from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.adapter.score import match_score
 from dpt_t2i.adapter.types import AdapterOutput
 from dpt_t2i.backbones.interface import Backbone
-from dpt_t2i.backbones.types import Tap, TextStates
+from dpt_t2i.backbones.types import Features, Tap, TextStates
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.noise import shared_noise
 
@@ -32,15 +32,19 @@ class MatchScorer:
         features = self.backbone.features(noisy, timesteps, text, self.taps)
         return match_score(self.adapter.match_embeds(features), text.pooled)
 
-    def predict_and_score(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> tuple[Tensor, Tensor]:
-        """The denoiser's prediction `[B, C, h, w]` and the scores `[B]`, both of one pass.
+    def predict_and_score(
+        self, noisy: Tensor, timesteps: Tensor, text: TextStates, scored: int
+    ) -> tuple[Tensor, Tensor]:
+        """The denoiser's predictions `[N, C, h, w]`, and the scores `[scored]` of the last rows, all of one pass.
 
         Only the scores have a graph: none is recorded behind the deepest tap, which would cost time and memory and
         lead nowhere.
         """
         with _graph_up_to(self.backbone.denoiser, [tap.module for tap in self.taps]):
             prediction, features = self.backbone.predict(noisy, timesteps, text, self.taps)
-        return prediction.detach(), match_score(self.adapter.match_embeds(features), text.pooled)
+        maps = {name: map_[-scored:] for name, map_ in features.maps.items()}
+        embeds = self.adapter.match_embeds(Features(maps, features.timesteps[-scored:]))
+        return prediction.detach(), match_score(embeds, text.pooled[-scored:])
 
     def read(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> AdapterOutput:
         """All that the adapter says, from one pass up to the deepest tap."""
