@@ -157,4 +157,5 @@ def _place(found: PhraseBox, placement: Placement) -> PhraseBox:
 
 
 def _load_adapter(backbone: StableDiffusionBackbone, folder: Path) -> DiscriminativeAdapter:
-    return load_adapter(folder, backbone.device, backbone.fingerprint())[0]
+    # Frozen: a corrected step then keeps nothing for gradients that nobody asks for.
+    return load_adapter(folder, backbone.device, backbone.fingerprint())[0].requires_grad_(False)
