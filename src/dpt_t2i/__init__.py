@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpt_t2i.sampling.model import T2IModel
+    from dpt_t2i.sampling.self_correction import SelfCorrection
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = ["SelfCorrection", "load"]
 
 
 def load(base: str = "bundled", lora: str | None = None, adapter: str | None = None, device: str = "auto") -> T2IModel:
@@ -31,3 +32,12 @@ def load(base: str = "bundled", lora: str | None = None, adapter: str | None = N
     from dpt_t2i.sampling.model import load_model
 
     return load_model(base=base, lora=lora, adapter=adapter, device=device)
+
+
+def __getattr__(name: str) -> Any:
+    """`SelfCorrection` on first use: it needs torch and diffusers, and `import dpt_t2i` does not."""
+    if name != "SelfCorrection":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dpt_t2i.sampling.self_correction import SelfCorrection
+
+    return SelfCorrection

@@ -174,3 +174,15 @@ def test_match_score_is_the_best_querys_cosine() -> None:
     assert match_score(output, pooled).tolist() == pytest.approx([0.8, -(0.5**0.5)])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert match_score(output, pooled).tolist() == pytest.approx([0.8, -(0.5**0.5)], abs=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_matching_alone_says_what_the_whole_says(layers) -> None:
+    adapter = build(CONFIG.model_copy(update={"dec_layers": layers}))
+    torch.testing.assert_close(adapter.match_embeds(features()), adapter(features()).match_embeds)
+    output = adapter(features())
+    pooled = torch.randn(3, POOLED, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(match_score(adapter.match_embeds(features()), pooled), match_score(output, pooled))
+    with torch.no_grad():  # the grounding queries are attended to all the same
+        adapter.queries.weight[CONFIG.num_queries_matching :] += 1.0
+    torch.testing.assert_close(adapter.match_embeds(features()), adapter(features()).match_embeds)

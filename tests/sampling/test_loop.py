@@ -122,3 +122,8 @@ def test_sampling_leaves_the_callers_gradient_mode_and_the_pipelines_scheduler_a
     sample(backbone, states(1), states(1), torch.zeros(1, 4, 8, 8), SampleConfig(steps=2), OFF)
     assert torch.is_grad_enabled()
     assert backbone.pipeline.scheduler is before and before.num_inference_steps is None
+
+
+def test_as_many_negative_prompts_as_prompts():
+    with pytest.raises(InputError, match="2 latents, 2 prompts and 1 negative prompts do not go together"):
+        sample(ConstantNoise(), states(2), states(1), torch.zeros(2, 4, 8, 8), SampleConfig(steps=2), OFF)

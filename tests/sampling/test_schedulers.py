@@ -1,11 +1,12 @@
 """A correction must reach the final image whole, whatever the sampler remembers."""
 
+import diffusers
 import pytest
 import torch
 
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.sampling.loop import sample
-from dpt_t2i.sampling.schedulers import input_scale, make_scheduler
+from dpt_t2i.sampling.schedulers import input_scale, make_scheduler, move_state
 from tests.sampling.stubs import NOISE, ConstantNoise, states
 
 SAMPLERS = ("ddim", "euler", "dpm++", "unipc")
@@ -69,3 +70,55 @@ def test_input_scale_is_that_of_the_sampler():
     scale = input_scale(euler, first)
     torch.testing.assert_close(scale, 1 / (euler.sigmas[0] ** 2 + 1).sqrt())
     assert float(input_scale(make_scheduler(backbone, "ddim", 10), torch.tensor(901))) == 1.0
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 1.0}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.UniPCMultistepScheduler(**FLOW),
+        diffusers.DPMSolverMultistepScheduler(**FLOW),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_shift_arrives_whole_in_flow_matching(scheduler):
+    # z = (1 - sigma) z_0 + sigma NOISE with the noise fixed, so the velocity NOISE - z_0 is (NOISE - z) / (1 - sigma).
+    def run(shift_at: int | None) -> torch.Tensor:
+        scheduler.set_timesteps(10)
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for index, timestep in enumerate(scheduler.timesteps):
+            if index == shift_at:
+                latents = move_state(scheduler, latents, latents + SHIFT, timestep)
+            velocity = (NOISE - latents) / (1 - scheduler.sigmas[index]).clamp(min=1e-2)
+            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        return latents
+
+    moved = run(4) - run(None)
+    torch.testing.assert_close(moved, SHIFT / (1 - scheduler.sigmas[4]), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", [diffusers.DDPMScheduler, diffusers.EulerAncestralDiscreteScheduler])
+def test_a_shift_survives_samplers_that_add_noise(kind):
+    backbone = ConstantNoise()
+    latent = {"clip_sample": False} if kind is diffusers.DDPMScheduler else {}
+    scheduler = kind.from_config(backbone.pipeline.scheduler.config, **latent)
+
+    def run(shift_at: int | None) -> torch.Tensor:
+        scheduler.set_timesteps(10)
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn(1, 4, 8, 8, generator=generator) * scheduler.init_noise_sigma
+        for index, timestep in enumerate(scheduler.timesteps):
+            z = scheduler.scale_model_input(latents, timestep)
+            if index == shift_at:
+                latents = move_state(scheduler, latents, z + SHIFT, timestep)
+                z = z + SHIFT
+            # A perfect denoiser of a single picture would undo any shift: this one knows the noise, not the picture.
+            latents = scheduler.step(NOISE, timestep, latents, generator=generator, return_dict=False)[0]
+        return latents
+
+    moved = run(4) - run(None)
+    alpha = backbone.pipeline.scheduler.alphas_cumprod[int(scheduler.timesteps[4])]
+    torch.testing.assert_close(moved, SHIFT / alpha.sqrt(), rtol=2e-3, atol=2e-3)

@@ -82,14 +82,7 @@ class DiscriminativeAdapter(nn.Module, PyTorchModelHubMixin, library_name="dpt-t
         Raises:
             InputError: a tap is missing from `features` or has another number of channels.
         """
-        source = self._fuse(features)  # [B, d, h, w]
-        height, width = source.shape[-2:]
-        source = source.flatten(2).transpose(1, 2)  # [B, h * w, d]
-        positions = sine_positions(height, width, self.config.hidden_dim, source.device).to(source.dtype)
-        positions = positions + self.timestep_encoding(features.timesteps.to(source.device))[:, None]
-        if self.config.position_values:
-            source = source + positions  # else attention can look at a place, but what it reads says not where it is
-        states = self.transformer(source, positions, self.queries.weight)
+        states = self._read(features)
         matching = states[:, : self.config.num_queries_matching]
         rec = states[:, self.config.num_queries_matching :]
         return AdapterOutput(
@@ -101,6 +94,14 @@ class DiscriminativeAdapter(nn.Module, PyTorchModelHubMixin, library_name="dpt-t
             logit_scale=self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(),
             token_mask=text_mask,
         )
+
+    def match_embeds(self, features: Features) -> Tensor:
+        """`forward(features).match_embeds` and nothing else, `[B, Q_m, P]`: what a step of self-correction needs.
+
+        The grounding queries are attended to, as ever, but neither worked out nor given to their heads.
+        """
+        embeds: Tensor = self.match_head(self._read(features, self.config.num_queries_matching))
+        return embeds
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -146,6 +147,18 @@ class DiscriminativeAdapter(nn.Module, PyTorchModelHubMixin, library_name="dpt-t
         if not folder.is_dir():
             folder = download_adapter(model_id, revision, local_files_only=local_files_only, **how)
         return load_adapter(folder, torch.device(map_location))[0]
+
+    def _read(self, features: Features, read: int | None = None) -> Tensor:
+        """States of the first `read` queries (None = all), `[B, Q, d]`."""
+        source = self._fuse(features)  # [B, d, h, w]
+        height, width = source.shape[-2:]
+        source = source.flatten(2).transpose(1, 2)  # [B, h * w, d]
+        positions = sine_positions(height, width, self.config.hidden_dim, source.device).to(source.dtype)
+        positions = positions + self.timestep_encoding(features.timesteps.to(source.device))[:, None]
+        if self.config.position_values:
+            source = source + positions  # else attention can look at a place, but what it reads says not where it is
+        states: Tensor = self.transformer(source, positions, self.queries.weight, read)
+        return states
 
     def _fuse(self, features: Features) -> Tensor:
         """Normalise, project and sum the taps' maps -> `[B, d, h, w]` of the largest map, or of `fusion_size`."""

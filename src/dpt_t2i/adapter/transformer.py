@@ -44,10 +44,16 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, target: Tensor, memory: Tensor, positions: Tensor, queries: Tensor) -> Tensor:
-        """`target`, `queries`: `[B, Q, d]`; `memory`, `positions`: `[B, N, d]` -> `[B, Q, d]`."""
+    def forward(
+        self, target: Tensor, memory: Tensor, positions: Tensor, queries: Tensor, read: int | None = None
+    ) -> Tensor:
+        """`target`, `queries`: `[B, Q, d]`; `memory`, `positions`: `[B, N, d]` -> `[B, Q, d]`.
+
+        With `read` only the first `read` queries are worked out, `[B, read, d]`; they attend to all Q as before.
+        """
         located = target + queries
-        attended = self.self_attn(located, located, target, need_weights=False)[0]
+        attended = self.self_attn(located[:, :read], located, target, need_weights=False)[0]
+        target, queries = target[:, :read], queries[:, :read]
         target = self.norm1(target + self.dropout(attended))
         attended = self.multihead_attn(target + queries, memory + positions, memory, need_weights=False)[0]
         target = self.norm2(target + self.dropout(attended))
@@ -69,22 +75,25 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, source: Tensor, positions: Tensor, queries: Tensor) -> Tensor:
+    def forward(self, source: Tensor, positions: Tensor, queries: Tensor, read: int | None = None) -> Tensor:
         """Read a map with learned queries.
 
         Args:
             source: `[B, N, d]` features of the N = h * w places.
             positions: `[B, N, d]` what is known of each place and of the timestep.
             queries: `[Q, d]`.
+            read: how many of the first queries are wanted; None = all. The others then cost nothing in the last layer.
 
         Returns:
-            `[B, Q, d]`, the last decoder layer's normalised states.
+            `[B, Q, d]` or `[B, read, d]`, the last decoder layer's normalised states.
         """
         for layer in self.encoder:
             source = layer(source, positions)
         queries = queries.expand(source.shape[0], -1, -1)
         target = torch.zeros_like(queries, dtype=source.dtype)
-        for layer in self.decoder:
+        *inner, last = self.decoder
+        for layer in inner:
             target = layer(target, source, positions, queries)
+        target = last(target, source, positions, queries, read)
         result: Tensor = self.norm(target)
         return result

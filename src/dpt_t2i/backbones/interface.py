@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpt_t2i.backbones.types import Features, Tap, TextStates
+from dpt_t2i.backbones.types import Features, PipelineCall, Tap, TextStates
 
 OnTruncate = Literal["warn", "error", "ignore"]
 
@@ -24,6 +24,7 @@ class Backbone(Protocol):
     pipeline: Any  # the diffusers pipeline that holds the very same modules
     denoiser: nn.Module
     denoiser_key: str  # prefix of the denoiser in a diffusers LoRA file: `unet`, `transformer`
+    pipeline_call: PipelineCall  # how that pipeline calls the denoiser
     taps: Mapping[str, Tap]  # the named taps, in the order in which the denoiser reaches them
 
     @property

@@ -59,6 +59,19 @@ def load_backbone(
     return backbone(pipeline, _display_name(name_or_path))
 
 
+def backbone_of(pipeline: Any) -> Backbone:
+    """A backbone around a diffusers pipeline that is in memory already; its modules are frozen and used in place.
+
+    Raises:
+        InputError: a family that is not supported, naming those that are.
+    """
+    kind = type(pipeline).__name__
+    if kind not in PIPELINES:
+        raise InputError(f"pipelines of class {kind} are not supported; supported: {', '.join(PIPELINES)}")
+    source = str(getattr(pipeline, "name_or_path", "") or "")
+    return PIPELINES[kind](pipeline, _display_name(source) if source else kind)
+
+
 def base_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     """The diffusers folder of a base, downloaded if it is a hub id.
 
@@ -165,6 +178,13 @@ def _load_pipeline(
             raise InputError(f"base model {folder} does not load: {str(error).strip().splitlines()[0]}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device, dtype)
+
+
+# Pipeline class -> backbone of a pipeline and its name; all that share the denoiser's call, not text to image alone.
+PIPELINES: dict[str, Callable[[Any, str], Backbone]] = {
+    "StableDiffusionPipeline": StableDiffusionBackbone,
+    "StableDiffusionImg2ImgPipeline": StableDiffusionBackbone,
+}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,6 +22,15 @@ class Tap:
     stride: int  # latent pixels per feature pixel (16x16 latents, stride 4 -> 4x4 map)
     # A block returns the image stream, or a tuple with it; as a map [B, C, h, w] or as tokens [B, h * w, C] by rows.
     select: Literal["tensor", "first", "second"] = "tensor"
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """Where a family's diffusers pipeline speaks to its denoiser in other words than the backbone does."""
+
+    timestep_scale: float = 1.0  # the denoiser's `timestep` argument times this is the backbone's timestep
+    unpack: Callable[[Tensor, int, int], Tensor] | None = None  # the pipeline's latents, h, w -> [B, C, h, w]
+    pack: Callable[[Tensor], Tensor] | None = None  # and back; None for both where the pipeline's are that already
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,16 @@ class TextStates:
             pooled=self.pooled[index],
             mask=self.mask[index],
             extras={key: value[index] for key, value in self.extras.items()},
+        )
+
+    def to(self, device: torch.device) -> TextStates:
+        """The same on `device`."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            pooled=self.pooled.to(device),
+            mask=self.mask.to(device),
+            extras={key: value.to(device) for key, value in self.extras.items()},
         )
 
     @staticmethod

@@ -176,6 +176,9 @@ class CorrectionConfig(Section):
     correction_start: Fraction = Field(0.0, description="first corrected fraction of the schedule")
     correction_end: Fraction = Field(1.0, description="last corrected fraction of the schedule")
     correction_every: Positive = Field(1, description="correct every k-th step")
+    correction_fused: bool = Field(
+        False, description="take the gradient from the pass that predicts the noise; it moves the next latent instead"
+    )
 
 
 class SearchConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from dpt_t2i.errors import InputError
 
 Scorer = Callable[[Tensor, Tensor, TextStates], Tensor]  # (z_t [B, C, h, w], t [B], text) -> scores [B]
 Rule = Literal["fixed", "relative"]
+
+
+@runtime_checkable
+class PredictingScorer(Protocol):
+    """A scorer that can also read its score off the denoiser's own prediction: what a fused correction needs."""
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor: ...
+    def predict_and_score(
+        self, noisy: Tensor, timesteps: Tensor, text: TextStates, scored: int
+    ) -> tuple[Tensor, Tensor]:
+        """z_t `[N, C, h, w]` -> predictions `[N, C, h, w]` without a graph; scores of the last `scored` with one."""
+        ...
 
 
 def correct(
@@ -45,6 +57,37 @@ def correct(
         step = float(timesteps.flatten()[0])
         raise InputError(f"self-correction: the gradient at timestep {step:g} is NaN or infinite; use dtype float32")
     return _step(point.detach(), gradient, strength, rule), scores.detach().float()
+
+
+def predict_and_correct(
+    latents: Tensor,
+    timesteps: Tensor,
+    text: TextStates,
+    null: TextStates | None,
+    *,
+    scorer: PredictingScorer,
+    strength: float,
+    rule: Rule = "fixed",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`correct`, with its gradient from the pass that predicts: predictions at z_t, z^_t, and the scores of z_t.
+
+    Args:
+        null: texts of the unconditional branch; it goes through the same pass, and its predictions `[B, C, h, w]` come
+            before the conditional ones. None = no such branch.
+    """
+    predictions: list[Tensor] = []
+
+    def score(point: Tensor, steps: Tensor, states: TextStates) -> Tensor:
+        if null is not None:
+            noisy, steps, texts = torch.cat([latents, point]), steps.repeat(2), TextStates.cat([null, states])
+        else:
+            noisy, texts = point, states
+        prediction, scores = scorer.predict_and_score(noisy, steps, texts, len(point))
+        predictions.append(prediction)
+        return scores
+
+    moved, scores = correct(latents, timesteps, text, score=score, strength=strength, rule=rule)
+    return predictions[0], moved, scores
 
 
 def _step(point: Tensor, gradient: Tensor, strength: float, rule: Rule) -> Tensor:

@@ -2,13 +2,15 @@
 
 z_t is always the denoiser's input. Samplers that keep their latents at another scale get the corrected state mapped
 back, so that DDIM and Euler agree on it.
+
+A fused correction takes the gradient from the pass that predicts the noise, and gives its shift to the next latent:
+the state is moved one step late, by the same amount of z, and the extra pass up to the tap is saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.types import GUIDANCE, TextStates
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
-from dpt_t2i.sampling.correct import Scorer, correct
-from dpt_t2i.sampling.schedulers import initial_scale, input_scale, make_scheduler, model_input, shift_memory
+from dpt_t2i.sampling.correct import PredictingScorer, Scorer, correct, predict_and_correct
+from dpt_t2i.sampling.schedulers import initial_scale, make_scheduler, model_input, move_state
 
 
 @dataclass(frozen=True)
@@ -47,25 +49,39 @@ def sample(
     Args:
         text, null: B texts of the conditional and of the unconditional branch.
         initial_latents: standard normal `[B, C, h, w]`.
-        scorer: judges z_t; needed if `correction.correct` > 0.
+        scorer: judges z_t; needed if `correction.correct` > 0, and a `PredictingScorer` if the correction is fused.
 
     Raises:
-        InputError: correction without a scorer or under `torch.inference_mode`, or its gradient is not finite.
+        InputError: numbers of latents, prompts and negative prompts that differ; correction without a scorer or
+            under `torch.inference_mode`, its gradient is not finite, or it is fused in mode `noise`.
     """
-    if correction.correct > 0 and scorer is None:
-        raise InputError("self-correction (`correct` > 0) needs an adapter; give `adapter`, or set `correct` to 0")
+    _check(correction, scorer)
+    if not len(initial_latents) == len(text) == len(null):
+        raise InputError(
+            f"{len(initial_latents)} latents, {len(text)} prompts and {len(null)} negative prompts do not go together; "
+            "give as many of each"
+        )
     height, width = initial_latents.shape[-2:]
     scheduler = make_scheduler(backbone, settings.scheduler, settings.steps, (height, width))
     latents = initial_latents.to(backbone.device, torch.float32) * initial_scale(scheduler)
+    told, scale = _with_scale(text, settings.guidance_scale)
+    steps, fused = len(scheduler.timesteps), correction.correction_fused
+    shift: Tensor | None = None  # [B, C, h, w] of z, found by a fused correction in the step before
     for index, timestep in enumerate(scheduler.timesteps):
+        wanted = is_corrected(index, steps, correction)
         z = model_input(scheduler, latents, timestep)
-        z_cond, scores = z, None
-        if scorer is not None and is_corrected(index, len(scheduler.timesteps), correction):
+        z_state, z_cond, scores = z, z, None  # what the sampler steps from, and what the conditional branch sees
+        if shift is not None:
+            z_state = z_cond = z + shift
+        elif wanted and not fused:
             z_cond, scores = _corrected(z, timestep, text, scorer, correction)
-            if correction.correction_mode == "state":
-                latents = _move_state(scheduler, latents, z_cond, timestep)
-                z = z_cond
-        prediction = _guided(backbone, z, z_cond, timestep, text, null, settings.guidance_scale)
+            z_state = z_cond if correction.correction_mode == "state" else z
+        if z_state is not z:
+            latents = move_state(scheduler, latents, z_state, timestep)
+        if wanted and fused and index + 1 < steps:  # after the last step nothing is left to be moved
+            prediction, shift, scores = _fused(z_state, timestep, told, null, scale, scorer, correction)
+        else:
+            prediction, shift = _guided(backbone, z_state, z_cond, timestep, told, null, scale), None
         latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         if on_step is not None:
             on_step(Step(index, float(timestep), latents, scores))
@@ -78,24 +94,57 @@ def is_corrected(index: int, steps: int, correction: CorrectionConfig) -> bool:
     return correction.correct > 0 and inside and index % correction.correction_every == 0
 
 
+def _check(correction: CorrectionConfig, scorer: Scorer | None) -> None:
+    if correction.correct == 0:
+        return
+    if scorer is None:
+        raise InputError("self-correction (`correct` > 0) needs an adapter; give `adapter`, or set `correct` to 0")
+    if correction.correction_fused and correction.correction_mode != "state":
+        raise InputError(
+            "`correction_fused` moves the next latent and needs `correction_mode` state; mode noise changes the very "
+            "prediction that a fused gradient comes from"
+        )
+
+
 def _corrected(
-    z: Tensor, timestep: Tensor, text: TextStates, scorer: Scorer, correction: CorrectionConfig
+    z: Tensor, timestep: Tensor, text: TextStates, scorer: Scorer | None, correction: CorrectionConfig
 ) -> tuple[Tensor, Tensor]:
-    return correct(
+    """z^_t and the scores of z_t, by a pass of its own up to the tap."""
+    assert scorer is not None
+    strength, rule = correction.correct, correction.correction_rule
+    return correct(z, timestep.expand(len(z)), text, score=scorer, strength=strength, rule=rule)
+
+
+def _with_scale(text: TextStates, guidance_scale: float) -> tuple[TextStates, float]:
+    """Where guidance is distilled into the denoiser, the scale is one of its inputs and there is one branch."""
+    if GUIDANCE not in text.extras:
+        return text, guidance_scale
+    scales = torch.full((len(text),), guidance_scale, device=text.tokens.device)
+    return replace(text, extras={**text.extras, GUIDANCE: scales}), 1.0
+
+
+def _fused(
+    z: Tensor,
+    timestep: Tensor,
+    text: TextStates,
+    null: TextStates,
+    guidance_scale: float,
+    scorer: Scorer | None,
+    correction: CorrectionConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The guided prediction at z_t, the shift z^_t - z_t that the next latent gets, and the scores of z_t."""
+    assert isinstance(scorer, PredictingScorer)
+    predictions, moved, scores = predict_and_correct(
         z,
         timestep.expand(len(z)),
         text,
-        score=scorer,
+        None if guidance_scale == 1 else null,
+        scorer=scorer,
         strength=correction.correct,
         rule=correction.correction_rule,
     )
-
-
-def _move_state(scheduler: Any, latents: Tensor, corrected: Tensor, timestep: Tensor) -> Tensor:
-    """The sampler's latents whose denoiser input is `corrected`; its memory moves along."""
-    moved = corrected / input_scale(scheduler, timestep)
-    shift_memory(scheduler, moved - latents)
-    return moved
+    guided = predictions if guidance_scale == 1 else _combine(predictions, guidance_scale)
+    return guided, moved - z, scores
 
 
 def _guided(
@@ -107,16 +156,15 @@ def _guided(
     null: TextStates,
     guidance_scale: float,
 ) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans, 2022); at scale 1 the unconditional branch is not computed.
-
-    Where guidance is distilled into the denoiser, the scale is one of its inputs and there is one branch.
-    """
-    if GUIDANCE in text.extras:
-        text = replace(text, extras={**text.extras, GUIDANCE: torch.full((len(z),), guidance_scale, device=z.device)})
-        return backbone.predict(z_cond, timestep.expand(len(z)), text)[0]
+    """Classifier-free guidance (Ho and Salimans, 2022); at scale 1 the unconditional branch is not computed."""
     if guidance_scale == 1:
         return backbone.predict(z_cond, timestep.expand(len(z)), text)[0]
     both = torch.cat([z, z_cond])
     prediction, _ = backbone.predict(both, timestep.expand(len(both)), TextStates.cat([null, text]))
-    unconditional, conditional = prediction.chunk(2)
+    return _combine(prediction, guidance_scale)
+
+
+def _combine(predictions: Tensor, guidance_scale: float) -> Tensor:
+    """`[2B, C, h, w]`, the unconditional ones first -> `[B, C, h, w]`."""
+    unconditional, conditional = predictions.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)

@@ -119,4 +119,5 @@ def load_model(
 
 def _load_adapter(backbone: Backbone, folder: Path) -> DiscriminativeAdapter:
     fingerprint = {**backbone.fingerprint(), "lora": lora_hash(backbone.denoiser)}
-    return load_adapter(folder, backbone.device, fingerprint)[0]
+    # Frozen: a corrected step then keeps nothing for gradients that nobody asks for.
+    return load_adapter(folder, backbone.device, fingerprint)[0].requires_grad_(False)

@@ -12,6 +12,16 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.errors import InputError
 
 FLOW_SAMPLERS = ("ddim", "euler")  # on the straight path of flow matching the two take the very same step
+# Samplers through which a shift of the state is tested to reach the final latent.
+STATE_SAMPLERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
 
 
 class FlowSchedule(Protocol):
@@ -85,6 +95,26 @@ def input_scale(scheduler: Any, timestep: Tensor) -> Tensor:
     return model_input(scheduler, torch.ones((), device=timestep.device), timestep)
 
 
+def move_state(scheduler: Any, latents: Tensor, corrected: Tensor, timestep: Tensor) -> Tensor:
+    """The sampler's latents whose denoiser input is `corrected` [B, C, h, w]; its memory moves along.
+
+    To be called between two steps: after the one that gave `latents`, before the one at `timestep`.
+    """
+    moved = corrected / input_scale(scheduler, timestep)
+    shift_memory(scheduler, moved - latents)
+    return moved
+
+
+def check_state_sampler(scheduler: Any) -> None:
+    """Raise `InputError` for a sampler whose memory we do not know how to move: it might undo a correction unseen."""
+    name = type(scheduler).__name__
+    if name not in STATE_SAMPLERS:
+        raise InputError(
+            f"self-correction of the state is not known to survive {name}; set `pipeline.scheduler` to one of "
+            f"{', '.join(STATE_SAMPLERS)}, or use correction_mode noise"
+        )
+
+
 def shift_memory(scheduler: Any, shift: Tensor) -> None:
     """Move what a multi-step sampler remembers along with the present latent, which moves by `shift` [B, C, h, w].
 
@@ -95,19 +125,19 @@ def shift_memory(scheduler: Any, shift: Tensor) -> None:
     """
     if getattr(scheduler, "step_index", None) is None or not hasattr(scheduler, "model_outputs"):
         return
-    now, before = (scheduler.sigmas[scheduler.step_index - back] for back in (0, 1))
-    clean_shift = shift / _alpha(now)
+    now, before = (_alpha(scheduler, scheduler.sigmas[scheduler.step_index - back]) for back in (0, 1))
+    clean_shift = shift / now
     if _remembers_clean(scheduler):
         scheduler.model_outputs = [
             None if output is None else output + clean_shift for output in scheduler.model_outputs
         ]
     if getattr(scheduler, "last_sample", None) is not None:
-        scheduler.last_sample = scheduler.last_sample + clean_shift * _alpha(before)
+        scheduler.last_sample = scheduler.last_sample + clean_shift * before
 
 
-def _alpha(sigma: Tensor) -> Tensor:
-    """Signal scale a of a variance-preserving latent, where sigma = s / a and a^2 + s^2 = 1."""
-    return torch.rsqrt(1 + sigma**2)
+def _alpha(scheduler: Any, sigma: Tensor) -> Tensor:
+    """Signal scale a of a latent: in flow matching a = 1 - sigma, else sigma = s / a and a^2 + s^2 = 1."""
+    return 1 - sigma if scheduler.config.get("use_flow_sigmas") else torch.rsqrt(1 + sigma**2)
 
 
 def _remembers_clean(scheduler: Any) -> bool:

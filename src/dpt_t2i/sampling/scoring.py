@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.adapter.score import match_score
 from dpt_t2i.adapter.types import AdapterOutput
 from dpt_t2i.backbones.interface import Backbone
-from dpt_t2i.backbones.types import Tap, TextStates
+from dpt_t2i.backbones.types import Features, Tap, TextStates
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.noise import shared_noise
 
@@ -27,7 +29,22 @@ class MatchScorer:
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         """z_t `[B, C, h, w]`, t `[B]`, B texts -> scores `[B]` in [-1, 1]; differentiable in z_t."""
-        return match_score(self.read(noisy, timesteps, text), text.pooled)
+        features = self.backbone.features(noisy, timesteps, text, self.taps)
+        return match_score(self.adapter.match_embeds(features), text.pooled)
+
+    def predict_and_score(
+        self, noisy: Tensor, timesteps: Tensor, text: TextStates, scored: int
+    ) -> tuple[Tensor, Tensor]:
+        """The denoiser's predictions `[N, C, h, w]`, and the scores `[scored]` of the last rows, all of one pass.
+
+        Only the scores have a graph: none is recorded behind the deepest tap, which would cost time and memory and
+        lead nowhere.
+        """
+        with _graph_up_to(self.backbone.denoiser, [tap.module for tap in self.taps]):
+            prediction, features = self.backbone.predict(noisy, timesteps, text, self.taps)
+        maps = {name: map_[-scored:] for name, map_ in features.maps.items()}
+        embeds = self.adapter.match_embeds(Features(maps, features.timesteps[-scored:]))
+        return prediction.detach(), match_score(embeds, text.pooled[-scored:])
 
     def read(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> AdapterOutput:
         """All that the adapter says, from one pass up to the deepest tap."""
@@ -75,6 +92,32 @@ class MatchScorer:
             noise = shared_noise(seed, draw, latents.shape[1:]).to(latents.device).expand_as(latents)
             scores.append(self(self.backbone.add_noise(latents, noise, timesteps), timesteps, text).float())
         return torch.stack(scores).mean(dim=0)
+
+
+@contextmanager
+def _graph_up_to(denoiser: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """Within one pass of `denoiser`, gradient mode is off once all the modules at `paths` have answered."""
+    before, waiting = torch.is_grad_enabled(), set(paths)
+
+    def reached(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+            waiting.discard(path)
+            if not waiting:
+                torch.set_grad_enabled(False)
+
+        return hook
+
+    def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        torch.set_grad_enabled(before)  # what is done with the maps outside belongs to the graph
+
+    handles = [denoiser.get_submodule(path).register_forward_hook(reached(path)) for path in paths]
+    handles.append(denoiser.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(before)
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,127 @@
+"""Self-correction for any diffusers pipeline of a supported family, from outside: no subclass, no patched pipeline.
+
+>>> correction = SelfCorrection(pipeline, "adapter/folder", correct=0.02, correction_rule="relative")
+>>> pipeline(prompt, callback_on_step_end=correction.callback(prompt)).images[0]
+
+or, for every step from the first on, for pipelines without callbacks, and for the released code's way (mode `noise`):
+
+>>> with correction.hooked(prompt):
+...     image = pipeline(prompt).images[0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpt_t2i.adapter.io import load_adapter
+from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.loading import backbone_of
+from dpt_t2i.config import CorrectionConfig, build_config
+from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.guide import Guide
+from dpt_t2i.sampling.offload import check_offload
+from dpt_t2i.sampling.pipeline_hooks import DenoiserHook, StateCallback
+from dpt_t2i.sampling.schedulers import check_state_sampler
+from dpt_t2i.sampling.scoring import MatchScorer
+
+
+class SelfCorrection:
+    """Steps up the gradient of the model's own matching score while a diffusers pipeline samples.
+
+    Args:
+        pipeline: of a supported family; its modules are frozen and put into eval mode.
+        adapter: folder that `dpt probe` or `dpt tune` wrote, or an adapter in memory, which is frozen too. It knows the
+            tap that it reads.
+        settings: those of `dpt generate` by the same names: `correct`, `correction_rule`, `correction_mode`,
+            `correction_start`, `correction_end`, `correction_every`. What is not given is taken from what is stored
+            with the adapter, if anything, else from the command's defaults.
+
+    Raises:
+        InputError: an unsupported pipeline, an adapter of another architecture, an unknown setting, no strength, or
+            weights that are offloaded by layer.
+    """
+
+    def __init__(self, pipeline: Any, adapter: str | PathLike[str] | DiscriminativeAdapter, **settings: Any) -> None:
+        self.backbone: Backbone = backbone_of(pipeline)
+        self.pipeline = pipeline
+        check_offload(self.backbone.denoiser)
+        stored: dict[str, Any] = {}
+        if not isinstance(adapter, DiscriminativeAdapter):
+            adapter, metadata = load_adapter(Path(adapter), torch.device("cpu"), self.backbone.fingerprint())
+            stored = metadata.get("correction") or {}
+        self.config = build_config(CorrectionConfig, overrides={**stored, **settings})
+        _check_settings(self.config)
+        taps = [self.backbone.parse_taps(name)[0] for name in adapter.tap_channels]
+        self.scorer = MatchScorer(self.backbone, adapter.requires_grad_(False), taps)
+
+    def callback(
+        self, prompt: str | Sequence[str], height: int | None = None, width: int | None = None
+    ) -> StateCallback:
+        """For `callback_on_step_end=`: the state is corrected between two steps (mode `state`).
+
+        It fires after a step, so the initial noise is not corrected; `hooked` does that too.
+
+        Args:
+            prompt: the text or texts to obey, as the pipeline gets them, each for as many images as the pipeline makes
+                of it.
+            height, width: pixels of the images, needed only by families whose pipelines pack their latents.
+
+        Raises:
+            InputError: mode `noise`, a sampler that would undo the correction, or weights offloaded by layer.
+        """
+        if self.config.correction_mode != "state":
+            raise InputError("a callback fires between steps and cannot do correction_mode noise; use `hooked(prompt)`")
+        return StateCallback(self._guide(prompt, height, width, None))
+
+    @contextmanager
+    def hooked(
+        self,
+        prompt: str | Sequence[str],
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Iterator[DenoiserHook]:
+        """Every call of the pipeline inside the `with` is corrected, at every step and in either mode.
+
+        A hook before the denoiser's forward pass corrects its input. In mode `noise` only the conditional branch sees
+        that, as in the released code; in mode `state` both do, and the sampler steps from it as well. Nothing is left
+        behind when the `with` ends.
+
+        Args:
+            prompt: as for `callback`.
+            num_images_per_prompt: as the pipeline gets it.
+            height, width: as for `callback`.
+
+        Raises:
+            InputError: as for `callback`; and, while sampling, a batch of another size than prompts and images say.
+        """
+        texts = 1 if isinstance(prompt, str) else len(prompt)
+        guide = self._guide(prompt, height, width, texts * num_images_per_prompt)
+        hook = DenoiserHook(guide)
+        with hook.installed():
+            yield hook
+
+    def _guide(self, prompt: str | Sequence[str], height: int | None, width: int | None, images: int | None) -> Guide:
+        check_offload(self.backbone.denoiser)
+        if self.config.correction_mode == "state":
+            check_state_sampler(self.pipeline.scheduler)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise InputError("self-correction needs at least one prompt to obey")
+        scale, sides = self.backbone.vae_scale, self.backbone.image_size
+        size = ((height or sides[0]) // scale, (width or sides[1]) // scale)
+        return Guide(self.backbone, self.scorer, self.config, self.backbone.encode_text(prompts), size, images)
+
+
+def _check_settings(config: CorrectionConfig) -> None:
+    if config.correct == 0:
+        raise InputError("self-correction needs a strength; give `correct`, for instance 0.5 (or 0.02 if relative)")
+    if config.correction_fused:
+        raise InputError("correction_fused is for `dpt generate`; give `correction_fused=False` for a pipeline")

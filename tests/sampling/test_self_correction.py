@@ -1,0 +1,302 @@
+"""Self-correction inside stock diffusers pipelines, against our own loop, which is tested by hand elsewhere."""
+
+import diffusers
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading
+
+import dpt_t2i
+from dpt_t2i.adapter.io import save_adapter
+from dpt_t2i.backbones.types import TextStates
+from dpt_t2i.config import CorrectionConfig, SampleConfig
+from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.loop import sample
+from dpt_t2i.sampling.noise import initial_noise
+from dpt_t2i.sampling.schedulers import make_scheduler
+from dpt_t2i.sampling.self_correction import SelfCorrection
+from tests.sampling.stubs import NOISE
+from tests.tiny import tiny_adapter, tiny_backbone, tiny_pipeline
+
+SAMPLERS = ("ddim", "euler", "dpm++", "unipc")
+PROMPTS = ["a red circle", "two blue stars"]
+STEPS = 4
+RELATIVE = {"correct": 0.1, "correction_rule": "relative"}
+
+
+def corrected_pipeline(sampler="ddim", **settings):
+    """A stock pipeline with that sampler, and a correction strong enough to be seen."""
+    backbone = tiny_backbone()
+    pipeline = backbone.pipeline
+    pipeline.scheduler = make_scheduler(backbone, sampler, STEPS)
+    return pipeline, SelfCorrection(pipeline, tiny_adapter(backbone), **(RELATIVE | settings))
+
+
+def noise_of(images=2):
+    return torch.stack([initial_noise(seed, (4, 8, 8)) for seed in range(images)])
+
+
+def run(pipeline, prompts=PROMPTS, guidance=4.0, latents=None, **arguments):
+    latents = noise_of(len(prompts)) if latents is None else latents
+    return pipeline(
+        prompts, latents=latents, num_inference_steps=STEPS, guidance_scale=guidance, output_type="latent", **arguments
+    ).images  # fmt: skip
+
+
+def by_our_loop(correction, sampler, guidance=4.0, prompts=PROMPTS, latents=None, **changes):
+    backbone = tiny_backbone()
+    settings = SampleConfig(steps=STEPS, guidance_scale=guidance, scheduler=sampler)
+    config = correction.config.model_copy(update=changes)
+    text, null = backbone.encode_text(prompts), backbone.null_text(len(prompts))
+    latents = noise_of(len(prompts)) if latents is None else latents
+    return sample(backbone, text, null, latents, settings, config, correction.scorer)
+
+
+def assert_same_and_corrected(theirs, ours, uncorrected):
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+    assert (theirs - uncorrected).norm() > 1e-2 * uncorrected.norm()
+
+
+@pytest.mark.parametrize(
+    "sampler, mode, guidance",
+    [*((sampler, "state", 4.0) for sampler in SAMPLERS), ("euler", "noise", 4.0), ("ddim", "state", 1.0)],
+)
+def test_the_hook_does_what_our_loop_does(sampler, mode, guidance):
+    pipeline, correction = corrected_pipeline(sampler, correction_mode=mode)
+    plain = run(pipeline, guidance=guidance)
+    with correction.hooked(PROMPTS) as hook:
+        theirs = run(pipeline, guidance=guidance)
+    assert_same_and_corrected(theirs, by_our_loop(correction, sampler, guidance), plain)
+    assert len(hook.scores) == STEPS and all(scores.shape == (2,) for _, scores in hook.scores)
+
+
+@pytest.mark.parametrize("sampler, guidance", [*((sampler, 4.0) for sampler in SAMPLERS), ("ddim", 1.0)])
+def test_the_callback_does_what_our_loop_does_from_the_second_step_on(sampler, guidance):
+    pipeline, correction = corrected_pipeline(sampler)
+    plain = run(pipeline, guidance=guidance)
+    callback = correction.callback(PROMPTS)
+    theirs = run(pipeline, guidance=guidance, callback_on_step_end=callback)
+    ours = by_our_loop(correction, sampler, guidance, correction_start=1 / STEPS)
+    assert_same_and_corrected(theirs, ours, plain)
+    timesteps = pipeline.scheduler.timesteps[1:].tolist()
+    assert [timestep for timestep, _ in callback.scores] == timesteps
+
+
+@pytest.mark.parametrize("how", ["hook", "callback"])
+def test_several_images_a_prompt(how):
+    pipeline, correction = corrected_pipeline()
+    latents = noise_of(4)
+    if how == "hook":
+        with correction.hooked(PROMPTS, num_images_per_prompt=2):
+            theirs = run(pipeline, latents=latents, num_images_per_prompt=2)
+        changes = {}
+    else:
+        theirs = run(
+            pipeline, latents=latents, num_images_per_prompt=2, callback_on_step_end=correction.callback(PROMPTS)
+        )
+        changes = {"correction_start": 1 / STEPS}
+    each = [prompt for prompt in PROMPTS for _ in range(2)]
+    ours = by_our_loop(correction, "ddim", prompts=each, latents=latents, **changes)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_start_end_and_every_count_the_pipelines_own_steps():
+    pipeline, correction = corrected_pipeline(correction_start=0.2, correction_end=0.8, correction_every=2)
+    schedule = pipeline.scheduler.timesteps.tolist()
+    with correction.hooked(PROMPTS) as hook:
+        run(pipeline)
+    assert [timestep for timestep, _ in hook.scores] == [schedule[2]]
+    callback = correction.callback(PROMPTS)
+    run(pipeline, callback_on_step_end=callback)
+    assert [timestep for timestep, _ in callback.scores] == [schedule[2]]
+
+
+def test_image_to_image_counts_from_its_own_start():
+    pipeline, _ = corrected_pipeline()
+    image_to_image = diffusers.StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    image_to_image.set_progress_bar_config(disable=True)
+    correction = SelfCorrection(image_to_image, tiny_adapter(tiny_backbone()), **RELATIVE, correction_every=2)
+    settings = {"image": torch.zeros(1, 3, 32, 32), "strength": 0.75, "num_inference_steps": STEPS}
+    callback = correction.callback("a star")
+    image_to_image("a star", **settings, callback_on_step_end=callback)
+    with correction.hooked("a star") as hook:
+        image_to_image("a star", **settings)
+    left = image_to_image.scheduler.timesteps.tolist()[1:]  # 3 of 4 steps are run
+    assert [timestep for timestep, _ in hook.scores] == [left[0], left[2]]
+    assert [timestep for timestep, _ in callback.scores] == [left[2]]
+
+
+class PushAlong:
+    """A score whose gradient is SHIFT, in place of the adapter's."""
+
+    adapter = torch.nn.Identity()
+
+    def __call__(self, z: torch.Tensor, t: torch.Tensor, text: TextStates) -> torch.Tensor:
+        return (z * SHIFT).flatten(1).sum(1)
+
+
+SHIFT = torch.zeros(1, 4, 8, 8)
+SHIFT[0, 1, 2, 3] = 0.25
+
+
+@pytest.mark.parametrize("how", ["hook", "callback"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_known_shift_of_the_state_reaches_the_final_latent(sampler, how):
+    # A denoiser that always sees the same noise: z = a z_0 + s NOISE, and a shift of z by d is one of z_0 by d / a.
+    pipeline, correction = corrected_pipeline(
+        sampler, correct=1.0, correction_rule="fixed", correction_start=0.5, correction_end=0.6
+    )
+    correction.scorer = PushAlong()
+    pipeline.unet.forward = lambda z, *args, **kwargs: (NOISE.expand_as(z),)
+    plain = run(pipeline, ["a star"])
+    if how == "hook":
+        with correction.hooked("a star"):
+            moved = run(pipeline, ["a star"])
+    else:
+        moved = run(pipeline, ["a star"], callback_on_step_end=correction.callback("a star"))
+    alpha = pipeline.scheduler.alphas_cumprod[int(pipeline.scheduler.timesteps[2])]
+    torch.testing.assert_close(moved - plain, SHIFT / alpha.sqrt(), rtol=2e-3, atol=1e-3)
+
+
+def test_only_the_conditional_branch_sees_a_correction_of_the_noise():
+    pipeline, correction = corrected_pipeline(correction_mode="noise")
+    seen = []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]) if len(args[0]) == 4 else None)
+    with correction.hooked(PROMPTS):
+        # this hook runs after the other one was registered, so it sees what the denoiser gets
+        pipeline.unet.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0]) if len(args[0]) == 4 else None
+        )
+        run(pipeline)
+    before, after = seen[0], seen[1]
+    assert torch.equal(before[:2], after[:2]) and not torch.allclose(before[2:], after[2:], rtol=1e-3)
+
+
+def test_a_score_pass_is_not_corrected_again():
+    pipeline, correction = corrected_pipeline()
+    sizes = []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    with correction.hooked(PROMPTS):
+        run(pipeline)
+    assert sizes == [4, 2] * STEPS  # the guided pass is announced, then the scoring one runs inside its hook
+
+
+def test_what_fails_inside_leaves_no_hook_behind():
+    pipeline, correction = corrected_pipeline()
+    plain = run(pipeline)
+    with pytest.raises(InputError, match="2 or 4 images.*told of 1"), correction.hooked("a star"):
+        run(pipeline)
+    assert torch.equal(run(pipeline), plain)
+    assert "step" not in vars(pipeline.scheduler)
+
+
+def test_the_text_that_the_pipeline_really_feeds_is_the_judged_one():
+    pipeline, correction = corrected_pipeline()
+    text = tiny_backbone().encode_text(["a red circle"])
+    seen = []
+    features = correction.backbone.features
+    correction.backbone.features = lambda z, t, text, taps: (seen.append(text), features(z, t, text, taps))[1]
+    pipeline(
+        prompt_embeds=text.tokens * 1.5, negative_prompt_embeds=text.tokens * 0, num_inference_steps=2,
+        callback_on_step_end=correction.callback("a red circle"),
+    )  # fmt: skip
+    torch.testing.assert_close(seen[0].tokens, text.tokens * 1.5)
+    torch.testing.assert_close(seen[0].pooled, text.pooled)
+
+
+@pytest.mark.parametrize("how", ["hook", "callback"])
+def test_inference_mode_is_one_clear_error(how):
+    pipeline, correction = corrected_pipeline()
+    with pytest.raises(InputError, match="torch.no_grad, not torch.inference_mode"), torch.inference_mode():
+        if how == "callback":
+            run(pipeline, callback_on_step_end=correction.callback(PROMPTS))
+        with correction.hooked(PROMPTS):
+            run(pipeline)
+
+
+def test_half_precision_pipelines_keep_their_dtype():
+    pipeline = tiny_pipeline().to(dtype=torch.bfloat16)
+    correction = SelfCorrection(pipeline, tiny_adapter(tiny_backbone()), **RELATIVE)
+    latents = noise_of().bfloat16()
+    assert run(pipeline, latents=latents, callback_on_step_end=correction.callback(PROMPTS)).dtype == torch.bfloat16
+    with correction.hooked(PROMPTS):
+        assert run(pipeline, latents=latents).dtype == torch.bfloat16
+
+
+def test_prompts_that_do_not_fit_the_images():
+    pipeline, correction = corrected_pipeline()
+    with pytest.raises(InputError, match="makes 2 images, but self-correction was given 3 prompts"):
+        run(pipeline, callback_on_step_end=correction.callback(["a", "b", "c"]))
+    with pytest.raises(InputError, match="at least one prompt"):
+        correction.callback([])
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "HeunDiscreteScheduler"])
+def test_samplers_that_may_undo_a_shift_are_refused_for_the_state_only(name):
+    pipeline, correction = corrected_pipeline()
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    with pytest.raises(InputError, match=f"survive {name}; set `pipeline.scheduler` to one of DDIMScheduler"):
+        correction.callback("a star")
+    noise = SelfCorrection(pipeline, correction.scorer.adapter, **RELATIVE, correction_mode="noise")
+    plain = run(pipeline)
+    with noise.hooked(PROMPTS):
+        assert (run(pipeline) - plain).norm() > 1e-3 * plain.norm()
+    with pytest.raises(InputError, match="a callback fires between steps"):
+        noise.callback("a star")
+
+
+def test_offloading_by_layer_is_refused():
+    pipeline, correction = corrected_pipeline()
+    cpu_offload(pipeline.unet, execution_device=torch.device("cpu"))
+    with pytest.raises(InputError, match="sequential offloading takes the denoiser's layers away"):
+        correction.callback("a star")
+    pipeline, correction = corrected_pipeline()
+    apply_group_offloading(pipeline.unet, onload_device=torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(InputError, match="group offloading.*enable_model_cpu_offload"), correction.hooked("a star"):
+        pass
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("how", ["hook", "callback"])
+def test_whole_model_offload(how):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pipeline, correction = corrected_pipeline()
+    expected = by_our_loop(correction, "ddim", correction_start=0.0 if how == "hook" else 1 / STEPS)
+    pipeline.enable_model_cpu_offload()
+    if how == "hook":
+        with correction.hooked(PROMPTS):
+            got = run(pipeline)
+    else:
+        got = run(pipeline, callback_on_step_end=correction.callback(PROMPTS))
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-2, atol=1e-2)  # other kernels, TF32 in convolutions
+
+
+def test_settings_come_from_the_call_then_from_the_adapters_folder(tmp_path):
+    pipeline, correction = corrected_pipeline()
+    adapter, fingerprint = correction.scorer.adapter, correction.backbone.fingerprint()
+    stored = {"correct": 0.03, "correction_rule": "relative", "correction_every": 2}
+    save_adapter(adapter, tmp_path / "a", base_fingerprint=fingerprint, metadata={"correction": stored})
+    assert SelfCorrection(pipeline, tmp_path / "a").config == CorrectionConfig(**stored)
+    assert SelfCorrection(pipeline, str(tmp_path / "a"), correction_every=3).config.correction_every == 3
+    save_adapter(adapter, tmp_path / "b", base_fingerprint=fingerprint)
+    with pytest.raises(InputError, match="needs a strength; give `correct`"):
+        SelfCorrection(pipeline, tmp_path / "b")
+    with pytest.raises(InputError, match="did you mean `correction_every`"):
+        SelfCorrection(pipeline, adapter, correct=1.0, correction_evry=2)
+    with pytest.raises(InputError, match="fused is for `dpt generate`"):
+        SelfCorrection(pipeline, adapter, correct=1.0, correction_fused=True)
+
+
+def test_pipelines_of_other_families_are_named():
+    class StrangePipeline:
+        pass
+
+    with pytest.raises(InputError, match="class StrangePipeline are not supported; supported: StableDiffusionPipeline"):
+        SelfCorrection(StrangePipeline(), tiny_adapter(tiny_backbone()), correct=1.0)
+
+
+def test_it_is_an_export_of_the_package():
+    assert dpt_t2i.SelfCorrection is SelfCorrection
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        dpt_t2i.Nothing  # noqa: B018
