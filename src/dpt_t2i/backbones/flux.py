@@ -15,7 +15,7 @@ from dpt_t2i.backbones.flow_noising import flow_noising, resolution_shift
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.mmdit import check_patches, joint_block_taps
 from dpt_t2i.backbones.parts import PipelineParts, architecture_of, check_tokenizer
-from dpt_t2i.backbones.types import GUIDANCE, TextStates
+from dpt_t2i.backbones.types import GUIDANCE, PipelineCall, TextStates
 from dpt_t2i.errors import InputError
 
 PATCH = 2  # latents are packed 2 x 2 into a token, before the transformer whose own patch size is 1
@@ -46,6 +46,11 @@ class FluxBackbone(PipelineParts):
     """
 
     denoiser_key = "transformer"
+    pipeline_call = PipelineCall(
+        timestep_scale=1000.0,  # FLUX counts time in 0..1
+        unpack=lambda tokens, height, width: unpack(tokens, height // PATCH, width // PATCH),
+        pack=lambda latents: pack(latents),
+    )
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
         for key in ("text_encoder", "text_encoder_2"):

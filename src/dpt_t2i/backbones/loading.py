@@ -66,10 +66,11 @@ def backbone_of(pipeline: Any) -> Backbone:
         InputError: a family that is not supported, naming those that are.
     """
     kind = type(pipeline).__name__
-    if kind not in PIPELINES:
-        raise InputError(f"pipelines of class {kind} are not supported; supported: {', '.join(PIPELINES)}")
+    family = kind.replace("Img2Img", "")  # text to image or image to image: the denoiser is called in the same way
+    if family not in FAMILIES:
+        raise InputError(f"pipelines of class {kind} are not supported; supported: {', '.join(FAMILIES)}")
     source = str(getattr(pipeline, "name_or_path", "") or "")
-    return PIPELINES[kind](pipeline, _display_name(source) if source else kind)
+    return FAMILIES[family][0](pipeline, _display_name(source) if source else kind)
 
 
 def base_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -178,13 +179,6 @@ def _load_pipeline(
             raise InputError(f"base model {folder} does not load: {str(error).strip().splitlines()[0]}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device, dtype)
-
-
-# Pipeline class -> backbone of a pipeline and its name; all that share the denoiser's call, not text to image alone.
-PIPELINES: dict[str, Callable[[Any, str], Backbone]] = {
-    "StableDiffusionPipeline": StableDiffusionBackbone,
-    "StableDiffusionImg2ImgPipeline": StableDiffusionBackbone,
-}
 
 
 @contextlib.contextmanager

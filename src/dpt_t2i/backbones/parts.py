@@ -19,7 +19,7 @@ from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.noising import Noising
 from dpt_t2i.backbones.reader import read_maps, read_output
 from dpt_t2i.backbones.taps import parse_taps, tap_of_output
-from dpt_t2i.backbones.types import Features, Tap, TextStates
+from dpt_t2i.backbones.types import Features, PipelineCall, Tap, TextStates
 from dpt_t2i.errors import InputError
 
 
@@ -27,6 +27,7 @@ class PipelineParts(ABC):
     """VAE, noising, and reading of a pipeline whose modules are used in place: frozen, in eval mode, shared with it."""
 
     denoiser_key: str  # the pipeline's attribute, and the prefix in a LoRA file
+    pipeline_call = PipelineCall()  # how the pipeline itself calls its denoiser: most do as `_denoise` does
 
     def __init__(self, pipeline: Any, name: str, taps: Mapping[str, Tap], noising: Noising | FlowNoising) -> None:
         self.name = name

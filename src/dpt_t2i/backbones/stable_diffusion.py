@@ -12,7 +12,7 @@ from dpt_t2i.backbones import text as clip_text
 from dpt_t2i.backbones.fingerprint import part_hashes, weights_hash
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.parts import PipelineParts, architecture_of, check_tokenizer, ddpm_noising
-from dpt_t2i.backbones.types import PipelineCall, TextStates
+from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.backbones.unet_taps import ARCHITECTURE_KEYS, unet_taps
 
 
@@ -27,7 +27,6 @@ class StableDiffusionBackbone(PipelineParts):
     """
 
     denoiser_key = "unet"
-    pipeline_call = PipelineCall()
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
         check_tokenizer(pipeline.tokenizer, name)
