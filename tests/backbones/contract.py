@@ -265,14 +265,14 @@ CHECKS: tuple[Callable[[Backbone], None], ...] = (
 )
 
 
-def compiled_gives_the_same_features(backbone: Backbone) -> None:
+def compiled_gives_the_same_features(backbone: Backbone, backend: str = "inductor") -> None:
     """Slow: the compiler runs. Call it from a test marked `slow`."""
     tap = middle_tap(backbone)
     noisy, timesteps, text = inputs(backbone)
     with torch.no_grad():
         eager, _ = backbone.predict(noisy, timesteps, text)
         early = backbone.features(noisy, timesteps, text, [tap]).maps[tap.name]
-        backbone.denoiser.compile()
+        backbone.denoiser.compile(backend=backend)
         assert close(eager, backbone.predict(noisy, timesteps, text)[0], 1e-4)
         assert close(early, backbone.features(noisy, timesteps, text, [tap]).maps[tap.name], 1e-4)
 

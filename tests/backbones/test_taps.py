@@ -53,6 +53,7 @@ def test_tokens_are_laid_out_by_rows():
     grid = pick_map(tokens, tap, SIDES)
     assert grid.shape == (1, 24, 4, 8)
     assert torch.equal(grid[0, 5], torch.arange(32.0).reshape(4, 8))
+    assert grid.is_contiguous(), "else training the adapter's norm on it crashes the process"
     words = torch.zeros(1, 77, 24)
     joint = tap_of_output("a.b", (words, tokens), SIDES)
     assert joint.select == "second"

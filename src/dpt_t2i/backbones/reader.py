@@ -6,9 +6,12 @@ full pass bit for bit, and gradients reach the latents and the LoRA.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from dpt_t2i.backbones.taps import pick_map
@@ -70,9 +73,21 @@ def _run_with_hooks(
 
     handles = [module.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
     try:
-        return outputs, run()
+        with _hooks_heard(module) if paths else contextlib.nullcontext():
+            return outputs, run()
     except _EverythingRead:
         return outputs, None
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hooks_heard(module: nn.Module) -> AbstractContextManager[Any]:
+    """A compiled graph does not notice hooks that were put up after it was traced: reading runs the plain code.
+
+    A pass that reads nothing, such as the guided prediction, stays compiled.
+    """
+    compiled = hasattr(module, "_orig_mod") or any(
+        getattr(inner, "_compiled_call_impl", None) is not None for inner in module.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()

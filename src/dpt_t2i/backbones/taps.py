@@ -63,14 +63,15 @@ def parse_fusion(text: str) -> tuple[int, int] | None:
 
 
 def pick_map(output: Any, tap: Tap, sides: tuple[int, int] | None = None) -> Tensor:
-    """The map `[B, C, h, w]` in what the module of `tap` returned.
+    """The map `[B, C, h, w]` in what the module of `tap` returned, contiguous: with channels last and no gradient to it
+    a GroupNorm behind it crashes in its backward on the CPU (torch 2.13).
 
     Args:
         sides: (height, width) of the latents; needed where the module returns tokens `[B, h * w, C]`.
     """
     value: Tensor = output if tap.select == "tensor" else output[SELECTS.index(tap.select)]
     if value.ndim == 4:
-        return value
+        return value.contiguous()
     if sides is None:
         raise ValueError(f"tap `{tap.name}` gives tokens: say the latents' sides")
     rows, columns = (side // tap.stride for side in sides)
