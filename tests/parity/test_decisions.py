@@ -57,7 +57,7 @@ def test_the_cosine_reaches_its_end() -> None:
 
 
 def test_a_picture_is_not_squashed() -> None:
-    """A box 20 x 20 of a 64 x 32 picture: squashed the release's is 10 x 20, ours stays square."""
+    """A box 20 x 20 of a 64 x 32 picture: squashed to 32 x 32 it is 10 wide and 20 high; ours stays square."""
     square, boxes = fit_square(Image.new("RGB", (64, 32)), [(22.0, 6.0, 20.0, 20.0)], 32)
     theirs = (20 / 64 * 32, 20 / 32 * 32)
     assert theirs == (10.0, 20.0)

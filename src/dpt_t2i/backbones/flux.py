@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.backbones import text as clip_text
-from dpt_t2i.backbones.fingerprint import weights_hash
 from dpt_t2i.backbones.flow_noising import flow_noising, resolution_shift
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.mmdit import check_patches, joint_block_taps
@@ -128,7 +127,7 @@ class FluxBackbone(PipelineParts):
             "text_width": self.text_dim,
             "prediction_type": self.prediction_type,
         }
-        return {"architecture": architecture, "name": self.name, "weights": weights_hash(self.denoiser)}
+        return self.described(architecture)
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         check_patches(noisy, PATCH, self.vae_scale)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpt_t2i.backbones import latents as vae_latents
+from dpt_t2i.backbones.fingerprint import part_hashes, weights_hash
 from dpt_t2i.backbones.flow_noising import FlowNoising
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.noising import Noising
@@ -45,6 +46,15 @@ class PipelineParts(ABC):
     @abstractmethod
     def _denoise(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         """The denoiser's prediction in its own dtype, shaped as `noisy`."""
+
+    def described(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """A fingerprint: the family's own `architecture` with the hashes of the weights, those of a LoRA left out."""
+        return {
+            "architecture": dict(architecture),
+            "name": self.name,
+            "weights": weights_hash(self.denoiser),
+            "parts": part_hashes(self.pipeline),
+        }
 
     @property
     def device(self) -> torch.device:

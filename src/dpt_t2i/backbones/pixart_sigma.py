@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.backbones import text as encoder_text
-from dpt_t2i.backbones.fingerprint import weights_hash
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.parts import (
     PipelineParts,
@@ -88,7 +87,7 @@ class PixArtSigmaBackbone(PipelineParts):
             "text_width": self.text_dim,
             "prediction_type": self.prediction_type,
         }
-        return {"architecture": architecture, "name": self.name, "weights": weights_hash(self.denoiser)}
+        return self.described(architecture)
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         height, width = noisy.shape[-2:]

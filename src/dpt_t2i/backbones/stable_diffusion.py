@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.backbones import text as clip_text
-from dpt_t2i.backbones.fingerprint import part_hashes, weights_hash
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.parts import PipelineParts, architecture_of, check_tokenizer, ddpm_noising
 from dpt_t2i.backbones.types import TextStates
@@ -68,12 +67,7 @@ class StableDiffusionBackbone(PipelineParts):
             "text_width": self.text_dim,
             "prediction_type": self.prediction_type,
         }
-        return {
-            "architecture": architecture,
-            "name": self.name,
-            "weights": weights_hash(self.denoiser),
-            "parts": part_hashes(self.pipeline),
-        }
+        return self.described(architecture)
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         prediction: Tensor = self.denoiser(

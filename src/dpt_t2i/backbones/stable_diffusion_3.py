@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpt_t2i.backbones import text as clip_text
-from dpt_t2i.backbones.fingerprint import weights_hash
 from dpt_t2i.backbones.flow_noising import flow_noising, resolution_shift
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.mmdit import check_patches, joint_block_taps
@@ -109,7 +108,7 @@ class StableDiffusion3Backbone(PipelineParts):
             "text_width": self.text_dim,
             "prediction_type": self.prediction_type,
         }
-        return {"architecture": architecture, "name": self.name, "weights": weights_hash(self.denoiser)}
+        return self.described(architecture)
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         patch, most = self.config["patch_size"], self.config["pos_embed_max_size"]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.backbones import text as clip_text
-from dpt_t2i.backbones.fingerprint import weights_hash
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.parts import (
     PipelineParts,
@@ -101,7 +100,7 @@ class StableDiffusionXLBackbone(PipelineParts):
             "pooled_width": self.pooled_dim,
             "prediction_type": self.prediction_type,
         }
-        return {"architecture": architecture, "name": self.name, "weights": weights_hash(self.denoiser)}
+        return self.described(architecture)
 
     def _kept(self, prompts: Sequence[str]) -> Tensor:
         """`[B, 1]`: 0 for the empty prompt where it stands for "no condition", else 1."""
