@@ -259,12 +259,12 @@ def _is_first_to_fail() -> bool:
     import psutil
 
     parent = os.getppid()
-    mark = Path(tempfile.gettempdir()) / f"dpt-failed-{parent}-{psutil.Process(parent).create_time():.2f}"
     try:
-        mark.touch(exist_ok=False)
+        started = psutil.Process(parent).create_time()  # the number alone may be given again
+        (Path(tempfile.gettempdir()) / f"dpt-failed-{parent}-{started:.2f}").touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # nowhere to leave a mark: rather say it twice
+    except (OSError, psutil.Error):  # nowhere to leave a mark: rather say it twice
         return True
     return True
 

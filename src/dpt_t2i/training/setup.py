@@ -118,7 +118,8 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
             project_dir=str(config.folder),
         )
     except (ValueError, ImportError) as error:
-        raise InputError(f"mixed_precision {train.mixed_precision}, report_to {train.report_to}: {error}") from error
+        asked = train.mixed_precision or "of the launcher"
+        raise InputError(f"mixed_precision {asked}, report_to {train.report_to}: {error}") from error
     if tracker is not None:
         start_trackers(accelerator, config.run_name)
     return accelerator
