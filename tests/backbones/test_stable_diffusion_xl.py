@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
 from dpt_t2i.backbones.loading import load_backbone
-from dpt_t2i.backbones.lora import save_lora
+from dpt_t2i.backbones.lora import load_lora, save_lora
 from dpt_t2i.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
@@ -156,3 +157,28 @@ def test_a_fine_tune_that_normalises_its_latents_is_followed(folder, tmp_path):
         pixels = torch.rand(1, 3, 32, 32)
         raw = vae.encode(pixels).latent_dist.mean
         torch.testing.assert_close(backbone.encode_image(pixels)[:, 0], (raw[:, 0] + 1.0) / 16.0)
+
+
+def test_kohyas_files_are_read_with_their_alpha_and_their_own_numbering_of_blocks(backbone, tmp_path):
+    numbered = {  # two ResNets a level: blocks of the whole U-Net in a row, as the original code counts them
+        "input_blocks_4_1": "down_blocks.1.attentions.0",
+        "middle_block_1": "mid_block.attentions.0",
+        "output_blocks_1_1": "up_blocks.0.attentions.1",
+    }
+    state, places = {}, {}
+    for seed, (theirs, ours) in enumerate(numbered.items()):
+        layer = backbone.denoiser.get_submodule(f"{ours}.transformer_blocks.0.attn1.to_q")
+        generator = torch.Generator().manual_seed(seed)
+        down, up = (
+            torch.randn(shape, generator=generator) for shape in ((2, layer.in_features), (layer.out_features, 2))
+        )
+        name = f"lora_unet_{theirs}_transformer_blocks_0_attn1_to_q"
+        state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(3.0)}
+        places[f"{ours}.transformer_blocks.0.attn1.to_q"] = (down, up)
+    save_file(state, tmp_path / "kohya.safetensors")
+    load_lora(backbone, tmp_path / "kohya.safetensors")
+    for place, (down, up) in places.items():
+        layer = backbone.denoiser.get_submodule(place)
+        states = torch.randn(1, 3, layer.in_features)
+        by_hand = layer.base_layer(states) + 3.0 / 2 * states @ down.T @ up.T
+        torch.testing.assert_close(layer(states), by_hand, rtol=1e-4, atol=1e-4)

@@ -127,7 +127,7 @@ def _check_step(part, named, stage: int, folder: Path, gradients: dict[str, floa
     assert terms["loss"] == pytest.approx(numbers("losses")[f"stage{stage}.itm_float32"]["loss"], rel=1e-4)
     for name, parameter in named.items():
         moved = float((parameter.detach() - before[name]).norm())
-        # Adam's first step is lr * sign(g): where g is rounding noise, so is the step's direction and size. Softmax does
+        # Adam steps by lr * sign(g) at first: where g is rounding noise, so is the step. Softmax does
         # not see the keys' bias, a third of `in_proj_bias`, so that one is all noise there.
         tolerance = 2e-2 if gradients[name] > 1e-2 else 0.3
         if gradients[name] > 1e-4 and not name.endswith("in_proj_bias"):
