@@ -28,7 +28,7 @@ SETTINGS = {
     "ss_lr_scheduler": "train.lr_scheduler",
     "ss_lr_warmup_steps": "train.lr_warmup_steps",
     "ss_max_train_steps": "train.max_train_steps",
-    "ss_total_batch_size": "train.train_batch_size",
+    "ss_batch_size_per_device": "train.train_batch_size",
     "ss_gradient_accumulation_steps": "train.gradient_accumulation_steps",
     "ss_max_grad_norm": "train.max_grad_norm",
     "ss_mixed_precision": "train.mixed_precision",
