@@ -16,7 +16,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_lines_run():
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     names: dict = {}
     exec(code.replace("steps=30", "steps=2"), names)  # as a stranger would paste it, only shorter
     assert len(names["images"]) == 2
