@@ -16,7 +16,7 @@ from dpt_t2i.config import GenerateConfig, ProbeConfig, TuneConfig
 from dpt_t2i.errors import InputError
 
 COMMANDS = [
-    "demo", "probe", "tune", "generate", "score", "export", "doctor",
+    "demo", "probe", "tune", "generate", "score", "import-official", "export", "doctor",
     "evaluate", "evaluate alignment", "evaluate itm", "evaluate rec",
     "scenes", "scenes render", "scenes export",
 ]  # fmt: skip

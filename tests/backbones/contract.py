@@ -216,7 +216,7 @@ def noise_grows_with_the_timestep(backbone: Backbone) -> None:
 def a_fingerprint_is_json_and_knows_the_weights(backbone: Backbone) -> None:
     fingerprint = backbone.fingerprint()
     assert json.loads(json.dumps(fingerprint)) == fingerprint
-    assert fingerprint.keys() == {"architecture", "name", "weights"}
+    assert fingerprint.keys() == {"architecture", "name", "weights", "parts"}
     assert {"family", "text_width", "prediction_type"} <= fingerprint["architecture"].keys()
     trained_lora(backbone)
     assert backbone.fingerprint() == fingerprint

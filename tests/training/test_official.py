@@ -212,7 +212,7 @@ def test_a_tuned_roberta_of_other_sizes_is_refused(base: Path, tmp_path: Path) -
         ),
         (
             {MIDDLE.format(0): torch.zeros(2, 32)},
-            "have ranks",
+            "have ranks 2 and 3",
         ),
         (
             {MIDDLE.format(7): torch.zeros(3, 32)},

@@ -234,10 +234,10 @@ def _layer(
             raise InputError(f"{what}: `{name}` {half} is {sizes[0]} wide, `{base_name}` needs {sizes[1]}")
     rank = down.shape[0]
     told = _pattern(settings, "rank_pattern", module_name, settings.get("r", rank))
-    if rank == 0 or up.shape[1] != rank or told != rank:
-        raise InputError(
-            f"{what}: `{name}` has rank {rank} down and {up.shape[1]} up, its header says {told}; fetch it again"
-        )
+    if rank == 0 or up.shape[1] != rank:
+        raise InputError(f"{what}: the halves of `{name}` have ranks {rank} and {up.shape[1]}; fetch it again")
+    if told != rank:
+        raise InputError(f"{what}: `{name}` has rank {rank}, its header says {told}; fetch it again")
     if not all(math.isfinite(float(half.abs().max())) for half in (down, up)):
         raise InputError(f"{what}, holds NaN or infinite values in `{name}`; take an earlier checkpoint")
     return LoraLayer(down, up, _alpha(given, module_name, settings, rank))
