@@ -1,5 +1,6 @@
 """Under a launcher: who says what. The processes of a run have one parent, as here the two calls have."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def test_the_next_run_has_a_voice_of_its_own(
     launched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli.main(["probe", "--nope"])
-    monkeypatch.setattr("os.getppid", lambda: 1)  # another launcher
+    monkeypatch.setattr("os.getppid", os.getpid)  # another launcher: any process that runs, but not our parent
     cli.main(["probe", "--nope"])
     assert capsys.readouterr().err.count("error: ") == 2
 

@@ -120,4 +120,4 @@ def test_alignment_opens_models_by_path_and_tells_its_numbers(
 
 def test_other_processes_have_nothing_to_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(commands, "run_arms", lambda config, open_model: {})
-    assert commands.run_alignment(AlignmentConfig(output_dir=tmp_path)) == {"summary": []}
+    assert commands.run_alignment(AlignmentConfig(output_dir=tmp_path)) == {"arms": {}, "summary": []}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from torch import nn
 
-from dpt_t2i.config import DataConfig, ProbeConfig, TrainModelConfig, TuneConfig, save_config
+from dpt_t2i.config import ProbeConfig, TrainDataConfig, TrainModelConfig, TuneConfig, save_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.publish.base_model import BaseModel
 from dpt_t2i.publish.model_card import write_export_card, write_model_card
@@ -108,7 +108,7 @@ def test_a_merged_model_is_a_finetune(tmp_path: Path) -> None:
 
 
 def test_paths_of_settings_are_cut(tmp_path: Path) -> None:
-    save_config(TuneConfig(data=DataConfig(dataset="/home/secret/pictures")), tmp_path / "config.yaml")
+    save_config(TuneConfig(data=TrainDataConfig(dataset="/home/secret/pictures")), tmp_path / "config.yaml")
     _, body = card_of(tmp_path)
     assert "| `data.dataset` | pictures |" in body and "secret" not in body
 

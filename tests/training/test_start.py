@@ -71,7 +71,7 @@ class Hostile:
 def test_a_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "pytorch_model.bin"
     torch.save({"logit_scale": Hostile()}, file)
-    with pytest.raises(InputError, match="no whole checkpoint of tensors") as caught:
+    with pytest.raises(InputError, match="holds more than tensors, perhaps code") as caught:
         restore_start(str(file), NO_BASE, UP1, HEADS)
     assert "\n" not in str(caught.value) and capsys.readouterr().out == ""
 

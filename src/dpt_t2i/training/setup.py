@@ -68,7 +68,7 @@ def set_up(config: StageConfig) -> Setup:
     taps, fusion = backbone.parse_taps(model.tap), parse_fusion(model.tap)
     restored, metadata = None, dict[str, Any]()
     if model.adapter not in (None, "none"):
-        restored, metadata = restore_start(str(model.adapter), backbone, model.tap, config.adapter)
+        restored, metadata = restore_start(str(model.adapter), backbone, taps, config.adapter, fusion)
         config = config.model_copy(update={"adapter": restored.config})  # its own sizes hold, whatever was asked for
     elif fusion is not None:
         fused = {"fusion_channels": fusion[0], "fusion_size": fusion[1]}

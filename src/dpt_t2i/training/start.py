@@ -25,27 +25,32 @@ log = logging.getLogger(__name__)
 
 
 def restore_start(
-    source: str, backbone: Backbone, tap: str, settings: AdapterConfig
+    source: str,
+    backbone: Backbone,
+    taps: tuple[Tap, ...],
+    settings: AdapterConfig,
+    fusion: tuple[int, int] | None = None,
 ) -> tuple[DiscriminativeAdapter, dict[str, Any]]:
     """Everything learned, `logit_scale` included, and the metadata that came with it.
 
     Args:
         source: an adapter folder, a run folder or checkpoint that holds one, the release's `pytorch_model.bin`, or the
             folder that holds that.
-        tap: as the config names it, one or several.
+        taps, fusion: what the config's tap names (`parse_taps`, `parse_fusion`).
         settings: of a released checkpoint, what no tensor's shape tells: heads, matching queries, caption encoder.
 
     Raises:
         InputError: nothing there, damaged, or made for another model or tap.
     """
-    taps, fusion = backbone.parse_taps(tap), parse_fusion(tap)
     released = _released_file(Path(source))
     if released is not None:
         return _from_release(released, taps, fusion, settings), {"imported": released.name}
     adapter, metadata = load_adapter(Path(source), torch.device("cpu"), backbone.fingerprint())
-    if list(adapter.tap_channels) != [one.name for one in taps] or parse_fusion(adapter.tap_text) != fusion:
+    names = [tap.name for tap in taps]
+    if list(adapter.tap_channels) != names or parse_fusion(adapter.tap_text) != fusion:
+        wanted = "_".join(names) + ("-{}-{}".format(*fusion) if fusion else "")
         raise InputError(
-            f"adapter {source} reads tap `{adapter.tap_text}`, the config says `{tap}`; set tap to the adapter's"
+            f"adapter {source} reads tap `{adapter.tap_text}`, the config says `{wanted}`; set tap to the adapter's"
         )
     return adapter, metadata
 
