@@ -153,4 +153,5 @@ def _percent(result: Mapping[str, Any], arm: str) -> str:
 
 
 def _figures(result: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {100 * value:.0f} %" for name, value in result["validation"].items())
+    shares = {name: value for name, value in result["validation"].items() if not name.startswith("loss")}
+    return ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items())
