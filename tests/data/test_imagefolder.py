@@ -21,10 +21,10 @@ def test_round_trip_gives_the_same_records(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "line 2 is not a record"),
+        ("{", "line 2: Expecting"),
         (json.dumps({"captions": ["x"]}), "file_name"),
-        (json.dumps({"file_name": "gone.png", "captions": ["x"]}), "gone.png, which does not exist"),
-        (json.dumps({"file_name": "000000.png", "captions": [" "]}), "no caption"),
+        (json.dumps({"file_name": "gone.png", "captions": ["x"]}), "gone.png does not exist"),
+        (json.dumps({"file_name": "000000.png", "captions": [" "]}), "an empty caption"),
         (
             json.dumps(
                 {

@@ -11,6 +11,7 @@ from dpt_t2i.config.sections import (
     AdapterConfig,
     CorrectionConfig,
     DataConfig,
+    DataFormat,
     DenoiseConfig,
     ItmRecConfig,
     LoraSettings,
@@ -173,6 +174,22 @@ class DoctorConfig(Section):
     """What this machine offers, and whether the model loads on it."""
 
     model: ModelConfig = ModelConfig()
+
+
+class InspectConfig(Section):
+    """Look at a data set: counts, sizes, everything suspicious, and a contact sheet with boxes and expressions."""
+
+    path: str = Field("scenes", description="`scenes`, or the folder of the data; a hub id with huggingface")
+    format: DataFormat = Field("auto", description="how the data are written; auto = scenes or an imagefolder")
+    image_root: Path | None = Field(None, description="folder of the images; default: looked for inside path")
+    annotations: tuple[Path, ...] = Field(
+        (), description="annotation file or shard; may be given several times; default: those in path"
+    )
+    split: str = Field("train", description="split to look at, in the source's own words")
+    max_samples: Annotated[int, Field(gt=0)] | None = Field(None, description="look at the first N records only")
+    sheet_samples: Positive = Field(24, description="records on the contact sheet, spread over all")
+    sheet_size: Annotated[int, Field(ge=32)] = Field(192, description="pixels of a picture on the contact sheet")
+    output_dir: Path = Field(Path("runs/inspect"), description="folder for inspection.json and contact_sheet.png")
 
 
 class ImportOfficialConfig(Section):

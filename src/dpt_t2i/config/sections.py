@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+DataFormat = Literal[
+    "auto", "scenes", "imagefolder", "coco", "refcoco", "mdetr", "hard_negatives", "webdataset", "huggingface"
+]
 
 
 class Section(BaseModel):
@@ -73,7 +77,28 @@ class AdapterConfig(Section):
 
 
 class DataConfig(Section):
-    dataset: str = Field("scenes", description="`scenes`, or an imagefolder with metadata.jsonl")
+    dataset: str = Field(
+        "scenes", description="`scenes`, or the folder of the data; with data_format huggingface also a hub id"
+    )
+    data_format: DataFormat = Field(
+        "auto", description="how the data are written; auto = `scenes` or an imagefolder with metadata.jsonl"
+    )
+    image_root: Path | None = Field(None, description="folder of the images; default: looked for inside dataset")
+    annotations: tuple[Path, ...] = Field(
+        (), description="annotation file or shard to train on; may be given several times; default: those in dataset"
+    )
+    val_annotations: tuple[Path, ...] = Field(
+        (), description="the same of the held-out records; default: those in dataset, else the tail is held out"
+    )
+    train_split: str = Field("train", description="split that is trained on, in the source's own words")
+    val_split: str = Field("val", description="split that is held out, such as testA of RefCOCO")
+    exclude_refs: tuple[Path, ...] = Field(
+        (),
+        description="refs(*).p whose val and test images, or MDETR file whose images, are kept out of training; "
+        "may be given several times",
+    )
+    on_bad: Literal["error", "skip"] = Field("error", description="end at a broken record, or leave it out and count")
+    streaming: bool = Field(False, description="huggingface: fetch the first max_samples rows without a download")
     resolution: Annotated[int, Field(gt=0)] | None = Field(
         None, description="pixels of the square image given to the VAE; default: the model's own size"
     )

@@ -6,7 +6,8 @@ four, with any number of loader workers, shows the same examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -17,11 +18,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dpt_t2i.data.records import Expression, Record
+from dpt_t2i.data.records import Expression, Negative, Record, check_inside
 from dpt_t2i.data.transforms import Box, fit_square, mirror, names_a_side, to_pixels
+from dpt_t2i.errors import InputError
+
+log = logging.getLogger(__name__)
 
 Choice = TypeVar("Choice")
-TRIES = 20  # draws for a random negative that is not the positive's own caption
+MakeNegatives = Callable[[str], Sequence[Negative]]  # hard captions of a caption, made by rule; () where none applies
+TRIES = 20  # draws for a random negative that shows another picture and has another caption
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Examples(Dataset[Item]):
         center_crop: False = a crop anywhere; both keep the boxes.
         random_flip: mirror half of the examples whose captions and expression name no side. All three pictures of an
             example are mirrored together, so that no text is true of one for its side only.
+        skip_bad: show the next record in place of one that cannot be read, or whose box is outside its image.
+        make_negatives: hard captions for records that have none of their own.
     """
 
     def __init__(
@@ -81,23 +88,46 @@ class Examples(Dataset[Item]):
         *,
         center_crop: bool = True,
         random_flip: bool = False,
+        skip_bad: bool = False,
+        make_negatives: MakeNegatives | None = None,
     ) -> None:
         if len(records) < 2:
             raise ValueError("at least two records are needed: each is the other's random negative")
         self.records, self.resolution, self.seed = records, resolution, seed
         self.center_crop, self.random_flip = center_crop, random_flip
+        self.skip_bad, self.make_negatives = skip_bad, make_negatives
+        self._bad: set[str] = set()  # what was said of this process's records
 
     def __getitem__(self, position: int) -> Item:
         epoch, place = divmod(position, len(self.records))
         return self.item(epoch, int(_order(self.seed, epoch, len(self.records))[place]))
 
     def item(self, epoch: int, row: int) -> Item:
-        """Record `row` as it is shown in an epoch."""
+        """Record `row` as it is shown in an epoch.
+
+        Raises:
+            InputError: a picture cannot be read or a box is outside its image, and nothing may stand in its place.
+        """
+        for step in range(len(self.records)):
+            try:
+                return self._item(epoch, (row + step) % len(self.records))
+            except InputError as error:
+                if not self.skip_bad or step == len(self.records) - 1:
+                    raise
+                self._say(str(error))
+        raise AssertionError("there are records")
+
+    def _item(self, epoch: int, row: int) -> Item:
         rng = np.random.default_rng([self.seed, epoch, row])
         record = self.records[row]
         caption = record.captions[int(rng.integers(len(record.captions)))]
         expression = _choose(record.expressions, rng)
-        negative = _choose(record.negatives, rng) if record.negative_image is None else _first(record.negatives)
+        negatives = record.negatives
+        if not negatives and self.make_negatives is not None:
+            negatives = tuple(self.make_negatives(caption))
+        paired = record.negative_image is not None and not record.more_negative_images
+        negative = _first(negatives) if paired else _choose(negatives, rng)
+        hard_image = int(rng.integers(1 + len(record.more_negative_images))) if record.more_negative_images else 0
         other, random_caption = self._other(row, caption, rng)
         texts = (caption, negative.caption if negative else "", expression.text if expression else "")
         flip = self.random_flip and rng.random() < 0.5 and not any(map(names_a_side, texts))
@@ -108,8 +138,10 @@ class Examples(Dataset[Item]):
             square, boxes = mirror(square, boxes) if flip else (square, boxes)
             return to_pixels(square), boxes
 
-        pixels, boxes = show(record.load_image(), expression.boxes if expression else ())
-        hard = record.load_negative_image()
+        picture, keep = record.load_image(), expression.boxes if expression else ()
+        _refuse_outside(record, keep, picture.size)
+        pixels, boxes = show(picture, keep)
+        hard = record.load_negative_image(hard_image)
         return Item(
             pixels=pixels,
             hard_pixels=None if hard is None else show(hard)[0],
@@ -123,14 +155,29 @@ class Examples(Dataset[Item]):
         )
 
     def _other(self, row: int, caption: str, rng: np.random.Generator) -> tuple[Record, str]:
-        """A random negative: another record, and with another caption if one is found in 20 draws."""
+        """A random negative: a record of another picture, and with another caption if one is found in 20 draws."""
+        count, own = len(self.records), self.records[row].picture
+        found = None
         for _ in range(TRIES):
-            index = int(rng.integers(len(self.records) - 1))
+            index = int(rng.integers(count - 1))
             other = self.records[index + (index >= row)]
-            text = other.captions[int(rng.integers(len(other.captions)))]
-            if text != caption:
-                break
-        return other, text
+            if other.picture == own:
+                continue
+            found = other, other.captions[int(rng.integers(len(other.captions)))]
+            if found[1] != caption:
+                return found
+        if found is not None:
+            return found
+        for step in range(1, count):  # nearly all records show this picture
+            other = self.records[(row + step) % count]
+            if other.picture != own:
+                return other, other.captions[int(rng.integers(len(other.captions)))]
+        raise InputError(f"all {count} records show the picture `{own}`: there is no random negative; give others")
+
+    def _say(self, message: str) -> None:
+        if message not in self._bad:
+            self._bad.add(message)
+            log.warning("left out (%d so far): %s", len(self._bad), message)
 
 
 class MicroBatches:
@@ -169,6 +216,13 @@ def collate(items: Sequence[Item]) -> Batch:
         boxes=tuple(item.boxes for item in items),
         records=tuple(item.record for item in items),
     )
+
+
+def _refuse_outside(record: Record, boxes: Sequence[Box], size: tuple[int, int]) -> None:
+    try:
+        check_inside(boxes, size)
+    except ValueError as error:
+        raise InputError(f"{record.source}/{record.id}: {error}; mend it, or use on_bad: skip") from error
 
 
 @lru_cache(maxsize=2)

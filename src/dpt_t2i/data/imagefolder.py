@@ -1,72 +1,78 @@
 """The native format: a folder of images with `metadata.jsonl`, which `datasets.load_dataset("imagefolder")` reads too.
 
 A line: `file_name`, `captions` [], `expressions` [{text, spans, boxes}], `negatives` [{caption, rule}] and
-`negative_file`; boxes xywh in pixels, spans [start, end) in characters.
+`negative_file`; boxes xywh in pixels, spans [start, end) in characters. `image_id` names the picture in COCO.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpt_t2i.data.records import Expression, Negative, Record
+from dpt_t2i.data.faults import Faults, sound
+from dpt_t2i.data.fields import coco_image_id, existing, identity, listed, read_expression, read_lines, table, text
+from dpt_t2i.data.records import ImageSource, Negative, Record
 from dpt_t2i.errors import InputError
 
 METADATA = "metadata.jsonl"
 
 
-def read_imagefolder(folder: Path) -> list[Record]:
+def read_imagefolder(folder: Path, faults: Faults | None = None) -> list[Record]:
     """All records of a folder, in the order of its metadata. Images are opened when they are used.
 
     Raises:
-        InputError: the metadata is missing or empty, a line is broken, or a file that it names is not there.
+        InputError: the metadata is missing or empty, or, unless `faults` skips such records, a line is broken or a
+            file that it names is not there.
     """
     file = Path(folder) / METADATA
     if not file.is_file():
         raise InputError(f"{file} does not exist; `dpt scenes export` writes such a folder")
-    records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            records.append(_record(Path(folder), line, f"{file}, line {number}"))
+    faults = faults or Faults()
+    records = list(sound(_records(Path(folder), file, faults), faults))
     if not records:
         raise InputError(f"{file} holds no record")
     return records
 
 
-def _record(folder: Path, line: str, where: str) -> Record:
-    try:
-        row = json.loads(line)
-        name, captions = row["file_name"], tuple(row["captions"])
-        negative = row.get("negative_file")
-        record = Record(
-            id=name,
-            source=folder.name,
-            image=_existing(folder / name, where),
-            captions=captions,
-            expressions=tuple(_expression(entry) for entry in row.get("expressions") or ()),
-            negatives=tuple(Negative(entry["caption"], entry["rule"]) for entry in row.get("negatives") or ()),
-            negative_image=_existing(folder / negative, where) if negative else None,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{where} is not a record: {type(error).__name__} {error}") from error
-    if not captions or not all(isinstance(text, str) and text.strip() for text in captions):
-        raise InputError(f"{where} has no caption, or an empty one; remove the line or write one")
-    return record
+def native_record(row: Mapping[str, Any], source: str, identity: str, image: ImageSource, root: Path) -> Record:
+    """A record of the native fields, whatever file they stood in; `captions` may be one text under `text` or `caption`.
+
+    Raises:
+        KeyError, ValueError: a field is missing or of another type.
+    """
+    captions = row.get("captions")
+    if captions is None:
+        captions = [row["caption"] if "caption" in row else row["text"]]
+    negatives = (table(entry, "a negative") for entry in listed(row.get("negatives"), "negatives"))
+    negative = row.get("negative_file")
+    return Record(
+        id=identity,
+        source=source,
+        image=image,
+        captions=tuple(text(caption, "captions") for caption in listed(captions, "captions")),
+        expressions=tuple(read_expression(entry) for entry in listed(row.get("expressions"), "expressions")),
+        negatives=tuple(Negative(text(n["caption"], "caption"), text(n["rule"], "rule")) for n in negatives),
+        negative_image=existing(root, text(negative, "negative_file")) if negative else None,
+        image_id=_image_id(row, identity),
+    )
 
 
-def _expression(entry: Mapping[str, Any]) -> Expression:
-    boxes = tuple((float(x), float(y), float(w), float(h)) for x, y, w, h in entry["boxes"])
-    spans = tuple((int(start), int(end)) for start, end in entry["spans"])
-    if len(spans) != len(boxes):
-        raise ValueError(f"{len(boxes)} boxes but {len(spans)} spans in expression {entry['text']!r}")
-    return Expression(entry["text"], spans, boxes)
+def _records(folder: Path, file: Path, faults: Faults) -> Iterator[tuple[str, Record]]:
+    for number, line in read_lines(file):
+        where = f"{file}, line {number}"
+        record = faults.attempt(where, _record, folder, line)
+        if record is not None:
+            yield where, record
 
 
-def _existing(path: Path, where: str) -> Path:
-    if not path.is_file():
-        raise InputError(f"{where} names {path}, which does not exist")
-    return path
+def _record(folder: Path, line: bytes) -> Record:
+    row = table(json.loads(line.decode("utf-8")))
+    name = text(row["file_name"], "file_name")
+    return native_record(row, folder.name, name, existing(folder, name), folder)
+
+
+def _image_id(row: Mapping[str, Any], name: str) -> str:
+    given = row.get("image_id")
+    return coco_image_id(name) if given is None else identity(given, "image_id")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from dpt_t2i.errors import InputError
 
 ImageSource = Path | Callable[[], Image.Image]
 
+SLACK = 1.0  # pixels that a box may stick out of its image: annotators' rounding
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Expression:
     """A text that refers to something in the image, and where that is."""
 
@@ -22,7 +24,7 @@ class Expression:
     boxes: tuple[tuple[float, float, float, float], ...]  # xywh in pixels; several for "the two stars"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Negative:
     """A caption that is almost true of the image, and is not."""
 
@@ -30,7 +32,7 @@ class Negative:
     rule: str  # how it was made: swap_colors, swap_shapes, flip_relation, change_count, replace_color, ..., mined
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image with what is known of it."""
 
@@ -41,14 +43,39 @@ class Record:
     expressions: tuple[Expression, ...] = ()
     negatives: tuple[Negative, ...] = ()
     negative_image: ImageSource | None = None  # an image of which negatives[0].caption is true and captions[0] is not
+    image_id: str = ""  # of the picture in COCO, where it comes from there: several records and data sets share it
+    more_negative_images: tuple[ImageSource, ...] = ()  # mined ones; then no caption belongs to any of them
 
     def load_image(self) -> Image.Image:
         """The image in RGB; raises `InputError` naming the file if it is missing or broken."""
         return _load(self.image)
 
-    def load_negative_image(self) -> Image.Image | None:
-        """The hard-negative image in RGB, or None where the record has none."""
-        return None if self.negative_image is None else _load(self.negative_image)
+    def load_negative_image(self, number: int = 0) -> Image.Image | None:
+        """A hard-negative image in RGB (0 = `negative_image`), or None where the record has none."""
+        if self.negative_image is None:
+            return None
+        return _load((self.negative_image, *self.more_negative_images)[number])
+
+    @property
+    def picture(self) -> str:
+        """Which picture it shows: equal in two records of the same image."""
+        if self.image_id:
+            return self.image_id
+        return str(self.image) if isinstance(self.image, Path) else self.id
+
+
+def check_inside(boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]) -> None:
+    """Refuse boxes (xywh in pixels) that leave an image of `size` (width, height) by more than a pixel.
+
+    Raises:
+        ValueError: names the box and the image's size.
+    """
+    for x, y, w, h in boxes:
+        if x < -SLACK or y < -SLACK or x + w > size[0] + SLACK or y + h > size[1] + SLACK:
+            raise ValueError(
+                f"box {[x, y, w, h]} lies outside the image of {size[0]} x {size[1]} pixels (boxes are x, y, width, "
+                "height in pixels)"
+            )
 
 
 def _load(source: ImageSource) -> Image.Image:
@@ -57,5 +84,5 @@ def _load(source: ImageSource) -> Image.Image:
     try:
         with Image.open(source) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read image {source}: {error}; replace or remove the file") from error

@@ -2,38 +2,221 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from dpt_t2i.config import DataConfig
+from dpt_t2i.data.coco import read_coco
+from dpt_t2i.data.faults import Faults
+from dpt_t2i.data.fields import coco_image_id
+from dpt_t2i.data.hub import read_hub, split_names
 from dpt_t2i.data.imagefolder import read_imagefolder
-from dpt_t2i.data.records import Record
+from dpt_t2i.data.index import RecordIndex, Selection
+from dpt_t2i.data.layouts import annotation_files, image_folder, patterns
+from dpt_t2i.data.mdetr import pictures_of, read_mdetr
+from dpt_t2i.data.records import ImageSource, Record
+from dpt_t2i.data.refcoco import HELD_OUT, held_out_images, read_refcoco
+from dpt_t2i.data.release import read_release
 from dpt_t2i.data.scenes import SceneRecords
+from dpt_t2i.data.shards import read_shards
 from dpt_t2i.errors import InputError
 
+log = logging.getLogger(__name__)
+
 SCENES_TRAIN = 1_000_000  # drawn when asked for: the number only fixes the length of an epoch
+Side = Literal["train", "val"]
 
 
-def open_records(config: DataConfig, split: Literal["train", "val"], resolution: int) -> Sequence[Record]:
+@dataclass(frozen=True)
+class Counts:
+    """What a source holds."""
+
+    records: int
+    captions: int
+    expressions: int
+    boxes: int
+    without_expression: int  # records whose grounding loss is masked
+    negatives: int  # hard captions
+    without_negative: int  # records that have no hard caption of their own
+    negative_images: int
+
+
+def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[Record]:
     """Records of a split; scenes are drawn at `resolution` pixels.
 
-    An imagefolder may have `train/` and `val/`; else its last `val_samples` are held out.
+    Where the source has no held-out part of its own, its last `val_samples` are held out, and with them every other
+    record of the same pictures.
 
     Raises:
-        InputError: the folder is missing, or too small to hold anything out.
+        InputError: files are missing or broken, too few records to hold anything out, or, with `on_bad: error`, a
+            broken record.
     """
-    if config.dataset == "scenes":
+    if config.dataset == "scenes" and config.data_format in ("auto", "scenes"):
         length = config.val_samples if split == "val" else config.max_samples or SCENES_TRAIN
         return SceneRecords(split, length, resolution, config.data_seed)
-    folder = Path(config.dataset)
-    if not folder.is_dir():
-        raise InputError(f"data set `{config.dataset}` is neither `scenes` nor a folder")
-    if (folder / split).is_dir():
-        records = read_imagefolder(folder / split)
-        return records[: config.val_samples if split == "val" else config.max_samples]
-    records = read_imagefolder(folder)
-    if len(records) < config.val_samples + 2:
-        raise InputError(f"{folder} has {len(records)} records, too few to hold out val_samples={config.val_samples}")
-    held = records[-config.val_samples :]
-    return held if split == "val" else records[: -config.val_samples][: config.max_samples]
+    faults = Faults(config.on_bad)
+    if _has_own(config, "val"):
+        records: Sequence[Record] = RecordIndex(read_source(config, split, faults))
+        if split == "train":
+            records = _without_held_out(config, records)
+        records = records[: config.val_samples if split == "val" else config.max_samples]
+    else:
+        records = RecordIndex(read_source(config, "train", faults))
+        if len(records) < config.val_samples + 2:
+            raise InputError(
+                f"{config.dataset} has {len(records)} records, too few to hold out val_samples={config.val_samples}"
+            )
+        held = records[-config.val_samples :]
+        if split == "val":
+            records = held
+        else:
+            seen = {record.picture for record in held}
+            records = _keep(records[: -config.val_samples], lambda record: record.picture not in seen)
+            records = _without_held_out(config, records)[: config.max_samples]
+    if split == "val" and config.on_bad == "skip":
+        records = _keep(records, lambda record: _is_readable(record, faults))
+    if not records:
+        raise InputError(f"data set `{config.dataset}`: no record of split `{split}` is left")
+    _tell(split, count(records), faults)
+    return records
+
+
+def count(records: Sequence[Record]) -> Counts:
+    """Go once through the records; no image is opened."""
+    sums = [0] * 7
+    for record in records:
+        boxes = sum(len(expression.boxes) for expression in record.expressions)
+        images = (record.negative_image is not None) + len(record.more_negative_images)
+        numbers = (len(record.captions), len(record.expressions), boxes, not boxes)
+        for place, number in enumerate((*numbers, len(record.negatives), not record.negatives, images)):
+            sums[place] += int(number)
+    return Counts(len(records), *sums)
+
+
+def read_source(config: DataConfig, side: Side, faults: Faults) -> Iterator[Record]:
+    """Every record of one side of a source other than `scenes`, nothing held out or excluded."""
+    form = _format(config)
+    split = config.val_split if side == "val" else config.train_split
+    if form == "imagefolder":
+        own = Path(config.dataset) / split
+        yield from read_imagefolder(own if own.is_dir() else Path(config.dataset), faults)
+        return
+    if form == "huggingface":
+        limit = config.val_samples if side == "val" else config.max_samples
+        yield from read_hub(config.dataset, split, streaming=config.streaming, limit=limit, faults=faults)
+        return
+    files = annotation_files(config, form, split, side == "val")
+    if not files:
+        raise InputError(
+            f"data_format {form}: none of {patterns(form, split)} in {config.dataset}; name the files with annotations"
+        )
+    root = image_folder(config, files)
+    if form == "coco":
+        yield from read_coco(files, root, faults)
+    elif form == "refcoco":
+        yield from read_refcoco(files, root, split, faults)
+    elif form == "mdetr":
+        yield from read_mdetr(files, root, faults)
+    elif form == "webdataset":
+        yield from read_shards(files, faults)
+    else:
+        for path in files:
+            yield from read_release(path, root, faults)
+
+
+def _format(config: DataConfig) -> str:
+    if config.data_format != "auto":
+        return config.data_format
+    if not Path(config.dataset).is_dir():
+        raise InputError(
+            f"data set `{config.dataset}` is neither `scenes` nor a folder; other sources need data_format"
+        )
+    return "imagefolder"
+
+
+def _has_own(config: DataConfig, side: Side) -> bool:
+    """Whether the source has a held-out part of its own."""
+    form = _format(config)
+    if form == "huggingface":
+        return config.val_split in split_names(config.dataset)
+    if form == "imagefolder":
+        return (Path(config.dataset) / config.val_split).is_dir()
+    if form == "refcoco":
+        return True  # one file holds all splits
+    return bool(annotation_files(config, form, config.val_split, side == "val"))
+
+
+def _without_held_out(config: DataConfig, records: Sequence[Record]) -> Sequence[Record]:
+    """Leave out the records and the hard-negative images that show an image of RefCOCO's validation or test."""
+    excluded: set[str] = set()
+    paths = list(config.exclude_refs)
+    if _format(config) == "refcoco":
+        paths += [path for path in annotation_files(config, "refcoco", config.train_split, False) if _is_pickle(path)]
+    for path in paths:
+        excluded |= held_out_images(path) if _is_pickle(path) else pictures_of(path)
+    if not excluded:
+        return records
+    if config.train_split in HELD_OUT:
+        raise InputError(f"train_split {config.train_split} is a held-out split of RefCOCO; train on `train`")
+    kept = _keep(records, lambda record: record.image_id not in excluded)
+    left = RecordIndex(_without_images(record, excluded) for record in kept)
+    images = count(kept).negative_images - count(left).negative_images
+    log.info(
+        "%d of %d records and %d hard-negative images left out of training: they show images of RefCOCO's "
+        "validation and test splits",
+        len(records) - len(kept),
+        len(records),
+        images,
+    )
+    if not any(record.image_id for record in records):
+        raise InputError("exclude_refs: no record of the data set tells its COCO image id; give `image_id`s")
+    return left
+
+
+def _without_images(record: Record, excluded: set[str]) -> Record:
+    sources = [image for image in (record.negative_image, *record.more_negative_images) if image is not None]
+    kept = [image for image in sources if not _shows(image, excluded)]
+    if len(kept) == len(sources):
+        return record
+    return replace(record, negative_image=kept[0] if kept else None, more_negative_images=tuple(kept[1:]))
+
+
+def _shows(image: ImageSource, excluded: set[str]) -> bool:
+    return isinstance(image, Path) and coco_image_id(image.name) in excluded
+
+
+def _keep(records: Sequence[Record], wanted: Callable[[Record], bool]) -> Sequence[Record]:
+    return Selection(records, [row for row, record in enumerate(records) if wanted(record)])
+
+
+def _is_readable(record: Record, faults: Faults) -> bool:
+    try:
+        record.load_image()
+        record.load_negative_image()
+    except InputError as error:
+        faults.report(f"{record.source}/{record.id}", str(error))
+        return False
+    return True
+
+
+def _is_pickle(path: Path) -> bool:
+    return path.suffix in (".p", ".pkl", ".pickle")
+
+
+def _tell(split: Side, counts: Counts, faults: Faults) -> None:
+    log.info(
+        "%s: %d records, %d captions; hard negatives: %d captions, %d images, %d records have no hard caption; "
+        "grounding: %d expressions, %d records have none and their loss is masked%s",
+        split,
+        counts.records,
+        counts.captions,
+        counts.negatives,
+        counts.negative_images,
+        counts.without_negative,
+        counts.expressions,
+        counts.without_expression,
+        f"; {faults.summary()}" if faults.found else "",
+    )

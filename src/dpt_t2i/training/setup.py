@@ -93,6 +93,7 @@ def set_up(config: StageConfig) -> Setup:
         config.data.data_seed,
         center_crop=config.data.center_crop,
         random_flip=config.data.random_flip,
+        skip_bad=config.data.on_bad == "skip",
     )
     held_out = open_records(config.data, "val", size)
     validation = Validation(backbone, adapter, taps, held_out, size, batch_size=settings.val_batch_size)

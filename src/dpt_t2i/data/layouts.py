@@ -1,0 +1,67 @@
+"""Where the files of each format lie: as the data sets are unpacked, unless the config names them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpt_t2i.config import DataConfig
+from dpt_t2i.errors import InputError
+
+# Names of annotation files below `dataset`; {split} is the split's name.
+PATTERNS = {
+    "coco": ("annotations/captions_{split}*.json", "annotations/instances_{split}*.json", "*_{split}*.json"),
+    "refcoco": ("refs(*).p", "instances.json"),
+    "mdetr": ("*_{split}.json", "annotations/*_{split}.json"),
+    "hard_negatives": ("{split}*.tsv", "{split}*/imgname2txtid.json"),
+    "webdataset": ("{split}*.tar", "{split}/*.tar"),
+}
+
+
+def annotation_files(config: DataConfig, form: str, split: str, held_out: bool) -> Sequence[Path]:
+    """The files of a split: those that the config names, else those in the folder; () where there are none.
+
+    Raises:
+        InputError: a file that the config names does not exist, or the folder does not.
+    """
+    named = config.val_annotations if held_out else config.annotations
+    for path in named:
+        if not path.exists():
+            raise InputError(f"annotation file {path} does not exist")
+    if named:
+        return named
+    if held_out and config.annotations and form != "refcoco":
+        return ()  # the files to train on were named, so the folder's others are not meant
+    if held_out and config.annotations:
+        return config.annotations  # one file holds all splits
+    folder = Path(config.dataset)
+    if not folder.is_dir():
+        raise InputError(f"data set folder {folder} does not exist")
+    found = [path for pattern in PATTERNS[form] for path in sorted(folder.glob(pattern.format(split=split)))]
+    files = [path.parent if path.name == "imgname2txtid.json" else path for path in found]
+    return tuple(dict.fromkeys(files))
+
+
+def patterns(form: str, split: str) -> str:
+    """What `annotation_files` looks for, in words."""
+    return ", ".join(pattern.format(split=split) for pattern in PATTERNS[form])
+
+
+def image_folder(config: DataConfig, files: Sequence[Path]) -> Path:
+    """The folder of the images: `image_root`; else, below `dataset`, the one that an annotation file is named after
+    (`train2017` of captions_train2017.json), `train2014`, `images`, or `dataset` itself.
+
+    Raises:
+        InputError: `image_root` does not exist.
+    """
+    if config.image_root is not None:
+        if not config.image_root.is_dir():
+            raise InputError(f"image_root {config.image_root} is no folder")
+        return config.image_root
+    folder = Path(config.dataset)
+    named = [match[1] for path in files if (match := re.search(r"_([a-z]+\d*)$", path.stem))]
+    for name in (*named, "train2014", "images"):
+        if (folder / name).is_dir():
+            return folder / name
+    return folder

@@ -1,0 +1,182 @@
+"""WebDataset: tar shards whose members of one stem are one sample: `.jpg` or `.png`, `.txt` or `.json`.
+
+`.txt` is a caption, `.json` holds the native fields (`captions`, `expressions`, `negatives`), and `.negative.png` is
+the hard-negative image. Shards on disk are indexed once and read at random, so that what is seen never depends on
+ranks or workers; a stream is read in order, its shards dealt out.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlparse
+from urllib.request import urlopen
+
+from PIL import Image
+
+from dpt_t2i.data.faults import Faults, sound
+from dpt_t2i.data.fields import table
+from dpt_t2i.data.imagefolder import native_record
+from dpt_t2i.data.records import ImageSource, Record
+from dpt_t2i.errors import InputError
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+BLOCK = 512  # bytes of a tar block
+DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, OverflowError)
+
+
+@dataclass(frozen=True)
+class TarImage:
+    """A picture inside a shard on disk."""
+
+    shard: str
+    offset: int  # of its bytes
+    size: int
+    name: str
+
+    def __call__(self) -> Image.Image:
+        return decode(self.read(), f"{self.shard}: {self.name}")
+
+    def read(self) -> bytes:
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture as the bytes of its file."""
+
+    data: bytes
+    name: str
+
+    def __call__(self) -> Image.Image:
+        return decode(self.data, self.name)
+
+    def read(self) -> bytes:
+        return self.data
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """Bytes of a picture file -> RGB; raises `InputError` naming it."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read image {name}: {error}; replace or remove it") from error
+
+
+def read_shards(shards: Sequence[Path], faults: Faults | None = None) -> Iterator[Record]:
+    """Records of shards on disk, whose pictures are read when they are used.
+
+    Raises:
+        InputError: there is no shard, or, unless `faults` skips such, one is cut or a sample is broken.
+    """
+    faults = faults or Faults()
+    if not shards:
+        raise InputError("no tar shard found; name them, or a folder that holds .tar files")
+    found = (pair for shard in shards for pair in _samples(shard.stem, str(shard), _indexed(shard, faults), faults))
+    yield from sound(found, faults)
+
+
+def stream_shards(
+    shards: Sequence[str],
+    rank: int = 0,
+    world: int = 1,
+    worker: int = 0,
+    workers: int = 1,
+    faults: Faults | None = None,
+) -> Iterator[Record]:
+    """Records of this worker's shards (every shard belongs to one), read once from front to back.
+
+    Args:
+        shards: files, or http(s) addresses.
+    """
+    faults = faults or Faults()
+    for shard in shards[rank * workers + worker :: world * workers]:
+        stem = Path(urlparse(shard).path).stem
+        yield from sound(_samples(stem, shard, _streamed(shard, faults), faults), faults)
+
+
+def _indexed(shard: Path, faults: Faults) -> Iterator[TarImage]:
+    """Every file of a shard; ends with a fault where the shard is cut."""
+    end = 0
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                if member.isfile() and member.size >= 0:
+                    yield TarImage(str(shard), member.offset_data, member.size, member.name)
+        with shard.open("rb") as file:  # tarfile takes a damaged header for the end
+            file.seek(end)
+            if file.read(BLOCK) != bytes(BLOCK):
+                raise tarfile.ReadError("unexpected end of data")
+    except DAMAGED as error:
+        faults.report(str(shard), f"no whole uncompressed tar: {error}")
+
+
+def _streamed(shard: str, faults: Faults) -> Iterator[EncodedImage]:
+    try:
+        with _open(shard) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    yield EncodedImage(file.read(), f"{shard}: {member.name}")
+    except DAMAGED as error:
+        faults.report(shard, f"no whole tar: {error}")
+
+
+def _open(shard: str) -> IO[bytes]:
+    if urlparse(shard).scheme in ("http", "https"):
+        stream: IO[bytes] = urlopen(shard, timeout=60)
+        return stream
+    return open(shard, "rb")
+
+
+def _samples(
+    source: str, shard: str, members: Iterator[TarImage] | Iterator[EncodedImage], faults: Faults
+) -> Iterator[tuple[str, Record]]:
+    for key, group in groupby(members, key=_stem):
+        where = f"{shard}, sample {key}"
+        parts = {_split(member.name)[1]: member for member in group}
+        record = faults.attempt(where, _record, key, source, parts)
+        if record is not None:
+            yield where, record
+
+
+def _record(key: str, source: str, parts: Mapping[str, TarImage | EncodedImage]) -> Record:
+    row: dict[str, Any] = {}
+    if "json" in parts:
+        row = dict(table(json.loads(parts["json"].read().decode("utf-8"))))
+        row.pop("negative_file", None)  # its file is a member here
+    if not any(name in row for name in ("captions", "caption", "text")):
+        if "txt" not in parts:
+            raise ValueError("no .txt, and no caption in .json")
+        row["captions"] = [parts["txt"].read().decode("utf-8").strip()]
+    image, negative = _picture(parts, ""), _picture(parts, "negative.")
+    if image is None:
+        raise ValueError(f"no picture: it needs a member that ends with one of {', '.join(IMAGES)}")
+    record = native_record(row, source, key, image, Path())
+    return record if negative is None else replace(record, negative_image=negative)
+
+
+def _picture(parts: Mapping[str, ImageSource], prefix: str) -> ImageSource | None:
+    return next((parts[prefix + suffix] for suffix in IMAGES if prefix + suffix in parts), None)
+
+
+def _stem(member: TarImage | EncodedImage) -> str:
+    return _split(member.name)[0]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`a/0001.negative.png` -> `a/0001`, `negative.png` (the shard of a stream stands before a colon and a space)."""
+    member = name.rpartition(": ")[2]
+    folder, slash, file = member.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return f"{folder}{slash}{stem}", suffix.lower()
