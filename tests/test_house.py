@@ -19,6 +19,7 @@ CLASSES: dict[str, type[Section]] = {
     "score": settings.ScoreConfig,
     "alignment": settings.AlignmentConfig,
     "evaluate": settings.DiscriminationConfig,
+    "inspect": settings.InspectConfig,
     "import-official": settings.ImportOfficialConfig,
     "export": settings.ExportConfig,
     "doctor": settings.DoctorConfig,

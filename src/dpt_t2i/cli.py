@@ -297,6 +297,7 @@ app = typer.Typer(
 )
 evaluate = typer.Typer(help="Measure alignment, image-text matching or grounding.", context_settings=SETTINGS)
 scenes = typer.Typer(help="The drawn world: look at it, or write it out as a dataset.", context_settings=SETTINGS)
+data = typer.Typer(help="Your own pictures and texts: look at them before training.", context_settings=SETTINGS)
 
 
 @app.callback()
@@ -324,6 +325,8 @@ command(evaluate, "alignment", settings.AlignmentConfig, "dpt_t2i.report:evaluat
 command(evaluate, "itm", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_itm")
 command(evaluate, "rec", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_rec")
 app.add_typer(scenes, name="scenes")
+app.add_typer(data, name="data")
+command(data, "inspect", settings.InspectConfig, "dpt_t2i.data.inspection:run_inspect")
 command(
     app,
     "import-official",

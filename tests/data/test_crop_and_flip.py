@@ -50,13 +50,20 @@ def test_a_mirror_turns_picture_and_boxes() -> None:
 @pytest.mark.parametrize(
     "text",
     ["a cat left of a dog", "the RIGHT one", "leftmost man", "left-hand side", "guy on rt", "lft lady", "man on the l",
-     "at 3 o'clock", "on the east", "turning clockwise"],
+     "at 3 o'clock", "on the east", "turning clockwise", "left-handed man", "the lefthand cup", "topleft corner",
+     "bottom-right", "farright guy", "2nd from the right's end", "leftmost", "rightermost", "going leftwards",
+     "the rightest", "lefty", "northeast of it", "counter-clockwise", "upperleft"],
 )  # fmt: skip
 def test_a_text_with_a_side(text: str) -> None:
     assert names_a_side(text)
 
 
-@pytest.mark.parametrize("text", ["a bright star", "the copyright", "an upright bottle", "two cats above a dog", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["a bright star", "the copyright", "an upright bottle", "two cats above a dog", "", "brightest light",
+     "leftover rice", "a downright mess", "a playwright", "birthright", "a cleft chin", "a deft lift", "righteous",
+     "an eastertide egg", "the least", "a westie"],
+)  # fmt: skip
 def test_a_text_without_a_side(text: str) -> None:
     assert not names_a_side(text)
 

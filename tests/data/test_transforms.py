@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpt_t2i.data.transforms import fit_square, to_pixels
+from dpt_t2i.data.transforms import fit, fit_square, nearest_bucket, to_pixels
 
 
 def painted(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Image:
@@ -56,3 +56,33 @@ def test_pixel_range():
     assert pixels.shape == (3, 3, 2)
     assert torch.equal(pixels, torch.ones(3, 3, 2))
     assert to_pixels(Image.new("RGB", (1, 1))).max() == -1
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [((640, 480), (80, 64)), ((480, 640), (64, 80)), ((500, 510), (64, 64)), ((4000, 100), (96, 48))],
+)
+def test_a_picture_goes_to_the_bucket_of_its_shape(size, bucket):
+    # 4:3 = 1.33 lies between 5:4 = 1.25 (ratio 1.07) and 2:1 (ratio 1.5)
+    assert nearest_bucket(size, [(64, 64), (80, 64), (64, 80), (96, 48), (48, 96)]) == bucket
+
+
+@pytest.mark.parametrize("bucket", [(96, 48), (48, 96), (80, 64)])
+@pytest.mark.parametrize("box", [(0, 16, 32, 32), (96, 16, 32, 32), (8, 4, 112, 56)])
+def test_a_box_follows_its_pixels_into_a_bucket(bucket, box):
+    picture, boxes = fit(painted(128, 64, box), [box], bucket)
+    assert picture.size == bucket
+    pixels = to_pixels(picture)
+    ys, xs = ((pixels[0] > 0.5) & (pixels[1] < 0)).nonzero(as_tuple=True)
+    want = [
+        float(value) / side
+        for value, side in (
+            (xs.min(), bucket[0]),
+            (ys.min(), bucket[1]),
+            (xs.max() + 1, bucket[0]),
+            (ys.max() + 1, bucket[1]),
+        )
+    ]
+    cx, cy, w, h = boxes[0].tolist()
+    assert (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2) == pytest.approx(want, abs=1.5 / 48)
+    assert w * bucket[0] / (h * bucket[1]) == pytest.approx(box[2] / box[3], rel=0.03), "not squashed"

@@ -122,7 +122,8 @@ def existing(root: Path, name: str) -> Path:
     except OSError as error:  # a name too long for the file system
         raise ValueError(f"{path}: {error.strerror}") from error
     if not found:
-        raise ValueError(f"{path} does not exist")
+        shown = str(path) if str(path).isprintable() else ascii(str(path))
+        raise ValueError(f"{shown} does not exist")
     return path
 
 

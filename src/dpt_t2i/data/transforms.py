@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from dpt_t2i.boxes import xyxy_to_cxcywh
 Box = tuple[float, float, float, float]
 
 # Words that a mirror makes untrue, RefCOCO's short forms among them. "right" in another sense costs a flip, no more.
+# A letter before or after is another word ("bright", "upright", "leftover"), but a place may stand before ("topleft").
 SIDES = re.compile(
-    r"\b(?:left|right|(?:left|right)[-\s]?(?:most|hand|side|ward|wards|er)|lefts|rights|lft|rt|l|r|east|west"
-    r"|eastern|western|(?:anti|counter)?-?clockwise|o['’]?clock)\b",
+    r"\b(?:(?:top|bottom|upper|lower|far|mid|middle|center|centre|front|back|rear|most)?"
+    r"(?:left|right)(?:(?:er)?most|hand(?:ed(?:ly|ness)?|er|ers)?|sides?|wards?|wardly|ie|ies|y|er|ers|est|s|ish|wise)?"
+    r"|(?:up|down)left|lft|rt|rgt|l|r|(?:north|south)?-?(?:east|west)(?:ern(?:most)?|erly|wards?)?|starboard|portside"
+    r"|(?:anti|counter|contra)?-?clockwise|o['’]?\s?clock)\b",
     re.IGNORECASE,
 )
 
@@ -26,41 +29,54 @@ SIDES = re.compile(
 def fit_square(
     image: Image.Image, boxes: Sequence[Box], size: int, at: tuple[float, float] | None = None
 ) -> tuple[Image.Image, Tensor]:
-    """Resize and crop to a square that keeps the boxes; letterbox where no square crop can.
+    """`fit` to a square of `size` pixels a side."""
+    return fit(image, boxes, (size, size), at)
+
+
+def fit(
+    image: Image.Image, boxes: Sequence[Box], size: tuple[int, int], at: tuple[float, float] | None = None
+) -> tuple[Image.Image, Tensor]:
+    """Resize and crop to a size that keeps the boxes; letterbox where no crop of that shape can.
 
     Args:
         image: RGB, any size.
         boxes: n boxes xywh in pixels of `image`.
-        size: side of the square in pixels.
+        size: width and height in pixels: a square, or the picture's bucket (`nearest_bucket`).
         at: where the crop lies among all that keep the boxes, each way in [0, 1]; None = the centre one, moved as
             little as the boxes ask for.
 
     Returns:
-        The square, and the boxes `[n, 4]` cxcywh in [0, 1] of it.
+        The picture of that size, and the boxes `[n, 4]` cxcywh in [0, 1] of it.
     """
-    width, height = image.size
-    window = min(width, height)
-    left, top = (width - window) / 2, (height - window) / 2
-    lowest, highest = (0.0, 0.0), (float(width - window), float(height - window))
+    window = _window(image.size, size, min)
+    lowest, highest = (0.0, 0.0), (float(image.width - window[0]), float(image.height - window[1]))
+    left, top = highest[0] / 2, highest[1] / 2
     if boxes:
         x0, y0 = min(b[0] for b in boxes), min(b[1] for b in boxes)
         x1, y1 = max(b[0] + b[2] for b in boxes), max(b[1] + b[3] for b in boxes)
-        if max(x1 - x0, y1 - y0) > window:  # no square crop holds them all
-            window = max(width, height)
-            left, top = (width - window) / 2, (height - window) / 2
+        if x1 - x0 > window[0] or y1 - y0 > window[1]:  # no crop of this shape holds them all
+            window = _window(image.size, size, max)
+            left, top = (image.width - window[0]) / 2, (image.height - window[1]) / 2
             at = None
         else:
-            left, top = min(max(left, x1 - window), x0), min(max(top, y1 - window), y0)
-            left, top = min(max(left, 0), width - window), min(max(top, 0), height - window)
-            lowest = max(0.0, x1 - window), max(0.0, y1 - window)
+            left, top = min(max(left, x1 - window[0]), x0), min(max(top, y1 - window[1]), y0)
+            left, top = min(max(left, 0), highest[0]), min(max(top, 0), highest[1])
+            lowest = max(0.0, x1 - window[0]), max(0.0, y1 - window[1])
             highest = min(highest[0], x0), min(highest[1], y0)
     if at is not None:
         left, top = (low + share * (high - low) for low, share, high in zip(lowest, at, highest, strict=True))
     left, top = math.floor(left + 0.5), math.floor(top + 0.5)  # whole pixels, for the picture and the boxes alike
-    square = _cut(image, left, top, window, size)
     edges = [(x - left, y - top, x + w - left, y + h - top) for x, y, w, h in boxes]
-    inside = torch.tensor(edges, dtype=torch.float32).reshape(-1, 4).div(window).clamp(0, 1)
-    return square, xyxy_to_cxcywh(inside)
+    sides = torch.tensor([*window, *window], dtype=torch.float32)
+    inside = torch.tensor(edges, dtype=torch.float32).reshape(-1, 4).div(sides).clamp(0, 1)
+    return _cut(image, left, top, window, size), xyxy_to_cxcywh(inside)
+
+
+def nearest_bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of some sizes (width, height) the one whose aspect ratio is nearest to that of `size`, by the logarithm: a
+    picture twice as wide and one twice as high are equally far from a square. The first of several."""
+    wanted = math.log(size[0] / size[1])
+    return min(buckets, key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - wanted))
 
 
 def mirror(square: Image.Image, boxes: Tensor) -> tuple[Image.Image, Tensor]:
@@ -81,8 +97,15 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1).div_(127.5).sub_(1.0).contiguous()
 
 
-def _cut(image: Image.Image, left: int, top: int, window: int, size: int) -> Image.Image:
-    if image.size == (size, size) and window == size:
+def _window(image: tuple[int, int], size: tuple[int, int], choose: Callable[[float, float], float]) -> tuple[int, int]:
+    """Width and height, in pixels of the image, of the largest crop of the shape of `size` (choose = min), or of the
+    smallest frame of that shape around the whole image (max). Rounding changes the shape by half a pixel at most."""
+    scale = choose(image[0] / size[0], image[1] / size[1])
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _cut(image: Image.Image, left: int, top: int, window: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    if image.size == size == window:
         return image
-    cropped = image.crop((left, top, left + window, top + window))  # beyond the border it is black: the letterbox
-    return cropped.resize((size, size), Image.Resampling.LANCZOS)
+    cropped = image.crop((left, top, left + window[0], top + window[1]))  # beyond the border it is black: the letterbox
+    return cropped.resize(size, Image.Resampling.LANCZOS)

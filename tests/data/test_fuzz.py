@@ -1,0 +1,174 @@
+"""Files damaged at random: each reader gives a clean error or valid records, nothing else.
+
+The fast tests try 200 cases a reader, the slow ones 10,000. A case mutates bytes of a sound file, or, in JSON, a value
+of its tree.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dpt_t2i.config import DataConfig
+from dpt_t2i.data.faults import Faults
+from dpt_t2i.data.imagefolder import METADATA
+from dpt_t2i.data.records import Record
+from dpt_t2i.data.sources import read_source
+from dpt_t2i.errors import InputError
+from tests.data import writers
+
+FILES = {
+    "imagefolder": METADATA,
+    "coco": "annotations/captions_train2017.json",
+    "coco instances": "annotations/instances_train2017.json",
+    "refcoco": "refs(unc).p",
+    "refcoco instances": "instances.json",
+    "mdetr": "finetune_toy_train.json",
+    "hard_negatives": "train_hard_neg.tsv",
+    "hard_negatives folder": "train_hard_neg/00000.json",
+    "webdataset": "train-0000.tar",
+}
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=6),
+    st.builds(list),
+    st.builds(dict),
+    st.just("\ud800"),
+    st.just("../" * 3),
+    st.just("\0"),
+    st.just(10**400),
+    st.builds(lambda: [[[]]]),
+    st.builds(lambda: [0, 0, -1, 3]),
+)
+BYTES = st.one_of(
+    st.binary(max_size=6),
+    st.sampled_from([b"\xff", b"\0", b"\n", b'"', b"{", b"]", b"\t", b"\xef\xbb\xbf", b"R", b"cos\nsystem\n", b"NaN"]),
+)
+
+
+def write(form: str, folder: Path) -> Path:
+    records = writers.scenes(2)
+    kind = form.partition(" ")
+    if form == "imagefolder":
+        writers.save_images(records, folder)
+        rows = [writers.native_row(r) | {"file_name": writers.file_name(i)} for i, r in enumerate(records)]
+        (folder / METADATA).write_text("\n".join(map(json.dumps, rows)))
+        return folder
+    if form == "hard_negatives folder":
+        return writers.write_release_folder(records, folder)
+    makers: dict[str, Callable[..., Path]] = {
+        "coco": writers.write_coco,
+        "refcoco": writers.write_refcoco,
+        "mdetr": writers.write_mdetr,
+        "hard_negatives": writers.write_release_tsv,
+        "webdataset": writers.write_shards,
+    }
+    return makers[kind[0]](records, folder)
+
+
+def places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container of a tree with each of its keys."""
+    for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
+        yield tree, key
+        if isinstance(tree[key], dict | list):
+            yield from places(tree[key])
+
+
+def damage(data: bytes, draw: Any, structured: bool) -> bytes:
+    if structured and draw(st.booleans()):
+        tree = [json.loads(line) for line in data.splitlines()] if structured == "lines" else json.loads(data)
+        for _ in range(draw(st.integers(1, 3))):
+            options = list(places(tree))
+            if not options:
+                break
+            container, key = options[draw(st.integers(0, len(options) - 1))]
+            container[key] = draw(ODD)
+        if structured == "lines":
+            return "\n".join(map(json.dumps, tree)).encode()
+        return json.dumps(tree).encode()
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        cut = draw(st.integers(0, 8))
+        data = data[:at] + draw(BYTES) + data[at + cut :]
+    return data[: draw(st.integers(0, len(data)))] if draw(st.integers(0, 9)) == 0 else data
+
+
+def assert_valid(record: Record) -> None:
+    assert record.id is not None and record.captions
+    assert all(isinstance(caption, str) and caption.strip() for caption in record.captions)
+    json.dumps([record.id, record.captions]).encode()
+    for expression in record.expressions:
+        assert expression.boxes and len(expression.boxes) == len(expression.spans)
+        for start, end in expression.spans:
+            assert expression.text[start:end].strip() and 0 <= start < end <= len(expression.text)
+        for _, _, w, h in expression.boxes:
+            assert w > 0 and h > 0 and w < float("inf") and h < float("inf")
+    try:
+        assert isinstance(record.load_image(), Image.Image)
+    except InputError:
+        pass
+
+
+def fuzz(form: str, folder: Path, cases: int, tally: dict[str, int] | None = None) -> None:
+    write(form, folder)
+    target, kind = folder / FILES[form], form.partition(" ")[0]
+    sound = target.read_bytes()
+    structured: Any = {".json": "tree", ".jsonl": "lines"}.get(target.suffix, False)
+    config = DataConfig(dataset=str(folder), data_format=kind)
+
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        phases=(Phase.generate,),
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        target.write_bytes(damage(sound, data.draw, structured))
+        for mode in ("error", "skip"):
+            outcome = "records"
+            try:
+                for record in read_source(config, "train", Faults(mode)):
+                    assert_valid(record)
+            except InputError as error:
+                assert "\n" not in " ".join(str(error).split())
+                outcome = "refused"
+            if tally is not None:
+                tally[f"{mode} {outcome}"] = tally.get(f"{mode} {outcome}", 0) + 1
+
+    check()
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_200_damaged_files(tmp_path: Path, form: str) -> None:
+    fuzz(form, tmp_path, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FILES)
+def test_10_000_damaged_files(tmp_path: Path, form: str) -> None:
+    fuzz(form, tmp_path, 10_000)
+
+
+def test_the_damage_is_seen(tmp_path: Path) -> None:
+    tally: dict[str, int] = {}
+    fuzz("coco", tmp_path, 100, tally)
+    assert tally["error refused"] > 20 and tally["error records"] > 0 and tally["skip records"] > tally["error records"]
+
+
+def test_a_sound_file_is_read(tmp_path: Path) -> None:
+    for number, form in enumerate(FILES):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        config = DataConfig(dataset=str(write(form, folder)), data_format=form.partition(" ")[0])
+        assert list(read_source(config, "train", Faults()))
