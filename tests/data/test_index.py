@@ -1,0 +1,48 @@
+"""Packed records are the records, in a block of bytes."""
+
+from pathlib import Path
+
+import pytest
+
+from dpt_t2i.data.index import RecordIndex, Selection
+from dpt_t2i.data.records import Expression, Negative, Record
+from dpt_t2i.data.shards import TarImage
+
+FULL = Record(
+    "7",
+    "toy",
+    Path("/a/b.png"),
+    ("a dot", "ein grüner Kreis"),
+    (Expression("the dots", ((4, 8), (4, 8)), ((0.5, 1.0, 2.25, 3.0), (4.0, 5.0, 6.0, 7.0))),),
+    (Negative("no dot", "toy"),),
+    TarImage("/a/s.tar", 512, 9, "x.png"),
+    "21",
+    (Path("/a/c.png"), Path("/a/d.png")),
+)
+PLAIN = Record("8", "toy", Path("/a/e.png"), ("x",))
+
+
+def test_what_goes_in_comes_out() -> None:
+    index = RecordIndex([FULL, PLAIN, FULL])
+    assert list(index) == [FULL, PLAIN, FULL] and index[-2] == PLAIN and len(index) == 3
+    with pytest.raises(IndexError):
+        index[3]
+
+
+def test_slices_and_selections_are_views() -> None:
+    index = RecordIndex([Record(str(i), "toy", Path("x"), ("x",)) for i in range(6)])
+
+    def ids(records) -> str:
+        return "".join(record.id for record in records)
+
+    assert (ids(index[1:4]), ids(index[:-2]), ids(index[-2:]), ids(index[::-1])) == ("123", "0123", "45", "543210")
+    assert ids(index[1:5][1:]) == "234" and index[1:4][-1].id == "3"
+    assert ids(Selection(index, [5, 0, 3])[1:]) == "03"
+
+
+def test_a_record_of_coco_takes_less_than_a_kilobyte() -> None:
+    caption = "a man in a red shirt rides a brown horse down the road"  # COCO's mean length is 52 characters
+    name = Path("/data/coco/train2017/000000000009.jpg")
+    things = tuple(Expression("the horse", ((4, 9),), ((1.5, 2.5, 3.5, 4.5),)) for _ in range(2))
+    index = RecordIndex(Record(str(i), "coco", name, (caption,) * 5, things, image_id=str(i)) for i in range(1000))
+    assert index.nbytes / 1000 < 1000
