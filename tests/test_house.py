@@ -21,6 +21,8 @@ CLASSES: dict[str, type[Section]] = {
     "evaluate": settings.DiscriminationConfig,
     "import-official": settings.ImportOfficialConfig,
     "export": settings.ExportConfig,
+    "cache": settings.CacheConfig,
+    "perturb": settings.PerturbConfig,
     "doctor": settings.DoctorConfig,
 }
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -296,6 +296,7 @@ app = typer.Typer(
     context_settings=SETTINGS,
 )
 evaluate = typer.Typer(help="Measure alignment, image-text matching or grounding.", context_settings=SETTINGS)
+data = typer.Typer(help="Prepare data: hard negatives, caches.", context_settings=SETTINGS)
 scenes = typer.Typer(help="The drawn world: look at it, or write it out as a dataset.", context_settings=SETTINGS)
 
 
@@ -324,6 +325,9 @@ command(evaluate, "alignment", settings.AlignmentConfig, "dpt_t2i.report:evaluat
 command(evaluate, "itm", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_itm")
 command(evaluate, "rec", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_rec")
 app.add_typer(scenes, name="scenes")
+app.add_typer(data, name="data")
+command(data, "cache", settings.CacheConfig, "dpt_t2i.training.cached:run_cache")
+command(data, "perturb", settings.PerturbConfig, "dpt_t2i.data.commands:run_perturb")
 command(
     app,
     "import-official",
