@@ -23,6 +23,7 @@ from dpt_t2i.config import ProbeConfig, TrainConfig, TuneConfig, save_config
 from dpt_t2i.data.examples import Examples
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
+from dpt_t2i.training.cached import open_cache
 from dpt_t2i.training.checkpoint import checkpoints
 from dpt_t2i.training.encode import Encoder
 from dpt_t2i.training.start import restore_start
@@ -85,8 +86,9 @@ def set_up(config: StageConfig) -> Setup:
     )
     _check_widths(adapter, backbone, text_dim)
     adapter = adapter.to(accelerator.device)
-    encoder = Encoder(backbone, adapter.config.num_token_classes, grounding, settings.vae_batch_size)
     size = config.data.resolution or min(backbone.image_size)
+    cached = open_cache(config.data, backbone, size)
+    encoder = Encoder(backbone, adapter.config.num_token_classes, grounding, settings.vae_batch_size, cached)
     examples = Examples(
         open_records(config.data, "train", size),
         size,
