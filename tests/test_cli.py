@@ -18,7 +18,7 @@ from dpt_t2i.errors import InputError
 COMMANDS = [
     "demo", "probe", "tune", "generate", "score", "import-official", "export", "doctor",
     "evaluate", "evaluate alignment", "evaluate itm", "evaluate rec",
-    "scenes", "scenes render", "scenes export", "data", "data inspect",
+    "scenes", "scenes render", "scenes export", "data", "data inspect", "data cache", "data perturb",
 ]  # fmt: skip
 
 

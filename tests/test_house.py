@@ -22,6 +22,8 @@ CLASSES: dict[str, type[Section]] = {
     "inspect": settings.InspectConfig,
     "import-official": settings.ImportOfficialConfig,
     "export": settings.ExportConfig,
+    "cache": settings.CacheConfig,
+    "perturb": settings.PerturbConfig,
     "doctor": settings.DoctorConfig,
 }
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -297,7 +297,9 @@ app = typer.Typer(
 )
 evaluate = typer.Typer(help="Measure alignment, image-text matching or grounding.", context_settings=SETTINGS)
 scenes = typer.Typer(help="The drawn world: look at it, or write it out as a dataset.", context_settings=SETTINGS)
-data = typer.Typer(help="Your own pictures and texts: look at them before training.", context_settings=SETTINGS)
+data = typer.Typer(
+    help="Your own pictures and texts: look at them, add hard negatives, encode them once.", context_settings=SETTINGS
+)
 
 
 @app.callback()
@@ -326,7 +328,9 @@ command(evaluate, "itm", settings.DiscriminationConfig, "dpt_t2i.evaluation.comm
 command(evaluate, "rec", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_rec")
 app.add_typer(scenes, name="scenes")
 app.add_typer(data, name="data")
+command(data, "cache", settings.CacheConfig, "dpt_t2i.training.cached:run_cache")
 command(data, "inspect", settings.InspectConfig, "dpt_t2i.data.inspection:run_inspect")
+command(data, "perturb", settings.PerturbConfig, "dpt_t2i.data.commands:run_perturb")
 command(
     app,
     "import-official",

@@ -20,14 +20,29 @@ def encode_image(vae: Any, pixels: Tensor, vae_scale: int, generator: torch.Gene
     Raises:
         InputError: H or W is no multiple of `vae_scale`.
     """
+    mean, log_variance = encode_posterior(vae, pixels, vae_scale)
+    return draw_latents(vae, mean, log_variance, generator)
+
+
+def encode_posterior(vae: Any, pixels: Tensor, vae_scale: int) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance, each `[B, C, H/scale, W/scale]` float32, before the denoiser's scaling.
+
+    Raises:
+        InputError: H or W is no multiple of `vae_scale`.
+    """
     height, width = pixels.shape[-2:]
     if height % vae_scale or width % vae_scale:
         raise InputError(f"image of {width} x {height} pixels: both sides must be multiples of {vae_scale}")
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    latents: Tensor = posterior.mean.float()
+    return posterior.mean.float(), posterior.logvar.float()
+
+
+def draw_latents(vae: Any, mean: Tensor, log_variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """From `encode_posterior`'s pair to what the denoiser expects: a sample, or without a generator the mean."""
+    latents = mean
     if generator is not None:
-        noise = torch.randn(latents.shape, generator=generator, device=generator.device)
-        latents = latents + posterior.std.float() * noise.to(latents.device)
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+        latents = mean + torch.exp(0.5 * log_variance) * noise.to(mean.device)
     shift, scale = _statistics(vae, latents)
     return (latents - shift) * scale
 

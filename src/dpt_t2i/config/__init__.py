@@ -8,6 +8,7 @@ reads: `no` is a word to `mixed_precision` and false to `gradient_checkpointing`
 
 from dpt_t2i.config.commands import (
     AlignmentConfig,
+    CacheConfig,
     DemoConfig,
     DiscriminationConfig,
     DoctorConfig,
@@ -15,6 +16,7 @@ from dpt_t2i.config.commands import (
     GenerateConfig,
     ImportOfficialConfig,
     InspectConfig,
+    PerturbConfig,
     ProbeConfig,
     ScoreConfig,
     TuneConfig,
@@ -50,6 +52,7 @@ __all__ = [
     "ALIASES",
     "AdapterConfig",
     "AlignmentConfig",
+    "CacheConfig",
     "ConfigT",
     "CorrectionConfig",
     "DataConfig",
@@ -64,6 +67,7 @@ __all__ = [
     "ItmRecConfig",
     "LoraSettings",
     "ModelConfig",
+    "PerturbConfig",
     "ProbeConfig",
     "SampleConfig",
     "ScoreConfig",

@@ -170,6 +170,27 @@ class ExportConfig(Section):
     output_dir: Path = Field(Path("runs/export"), description="folder to publish")
 
 
+class PerturbConfig(Section):
+    """Give every caption of an imagefolder hard-negative captions made by rule, without any model."""
+
+    dataset: Path = Field(Path("runs/scenes"), description="imagefolder with metadata.jsonl")
+    rules: tuple[str, ...] = Field(
+        (), description="rule that may be used; may be given several times; default: all (docs/negatives.md)"
+    )
+    per_caption: Positive = Field(1, description="negatives of a caption, of different rules, swaps and flips first")
+    output_dir: Path | None = Field(None, description="copy of the folder to make; default: the folder's own metadata")
+    seed: int = Field(0, ge=0, description="seed of the choice among the ways in which a rule applies")
+
+
+class CacheConfig(Section):
+    """Encode images and texts once for probe and tune; any number of processes may fill one cache."""
+
+    model: ModelConfig = ModelConfig()
+    data: TrainDataConfig = TrainDataConfig(cache_dir=Path("runs/cache"))
+    block_size: Positive = Field(128, description="records that a process takes at once, and that share a file")
+    vae_batch_size: Positive = Field(8, description="images in one pass of the VAE: memory only")
+
+
 class DoctorConfig(Section):
     """What this machine offers, and whether the model loads on it."""
 

@@ -111,6 +111,12 @@ class DataConfig(Section):
 class TrainDataConfig(DataConfig):
     center_crop: bool = Field(True, description="crop the middle, moved where a box asks for it; off = anywhere")
     random_flip: bool = Field(False, description="mirror half of the examples whose texts name no side")
+    cache_dir: Path | None = Field(
+        None, description="folder that `dpt data cache` filled; what is not in it is encoded as it comes"
+    )
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float16", description="dtype of latents and text states in the cache"
+    )
 
 
 class ItmRecConfig(Section):

@@ -124,7 +124,7 @@ class Examples(Dataset[Item]):
         expression = _choose(record.expressions, rng)
         negatives = record.negatives
         if not negatives and self.make_negatives is not None:
-            negatives = tuple(self.make_negatives(caption))
+            negatives = tuple(n for n in self.make_negatives(caption) if n.caption not in record.captions)
         paired = record.negative_image is not None and not record.more_negative_images
         negative = _first(negatives) if paired else _choose(negatives, rng)
         hard_image = int(rng.integers(1 + len(record.more_negative_images))) if record.more_negative_images else 0

@@ -7,7 +7,8 @@ A line: `file_name`, `captions` [], `expressions` [{text, spans, boxes}], `negat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,20 @@ def read_imagefolder(folder: Path, faults: Faults | None = None) -> list[Record]
     if not records:
         raise InputError(f"{file} holds no record")
     return records
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The metadata's lines as they stand, one a record of `read_imagefolder`, whose errors they share."""
+    read_imagefolder(folder)
+    lines = (Path(folder) / METADATA).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the metadata in one move."""
+    unfinished = Path(folder) / f"{METADATA}.partial"
+    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(unfinished, Path(folder) / METADATA)
 
 
 def native_record(row: Mapping[str, Any], source: str, identity: str, image: ImageSource, root: Path) -> Record:

@@ -29,7 +29,7 @@ class Negative:
     """A caption that is almost true of the image, and is not."""
 
     caption: str
-    rule: str  # how it was made: swap_colors, swap_shapes, flip_relation, change_count, replace_color, ..., mined
+    rule: str  # how it was made: a name of `perturb.RULES`, a scene's own (swap_colors, ...), or `mined`
 
 
 @dataclass(frozen=True, slots=True)

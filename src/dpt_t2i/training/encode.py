@@ -15,6 +15,7 @@ from dpt_t2i.data.examples import Batch
 from dpt_t2i.errors import InputError
 from dpt_t2i.objectives.positions import positive_map
 from dpt_t2i.objectives.types import GroundingTargets
+from dpt_t2i.training.cached import CachedEncodings
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Encoder:
         num_token_classes: K of the soft-token classifier.
         grounding: encoder of expressions; None = the T2I model's own token states.
         vae_batch_size: images in one pass of the VAE, whose memory grows with them (three an example).
+        cached: where latents and text states are looked for first.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class Encoder:
         num_token_classes: int,
         grounding: GroundingTextEncoder | None,
         vae_batch_size: int = 8,
+        cached: CachedEncodings | None = None,
     ) -> None:
         self.backbone, self.num_token_classes, self.grounding = backbone, num_token_classes, grounding
-        self.vae_batch_size = vae_batch_size
+        self.vae_batch_size, self.cached = vae_batch_size, cached
         self._on_truncate: OnTruncate = "warn"  # of the first batch; a run of days need not repeat it
 
     @torch.no_grad()
@@ -72,11 +75,11 @@ class Encoder:
         texts = list(dict.fromkeys(["", *(text for column in columns for text in column)]))
         row = {text: index for index, text in enumerate(texts)}
         rows = [torch.tensor([row[text] for text in column], device=device) for column in columns]
-        states = self.backbone.encode_text(texts, self._on_truncate)
-        self._on_truncate = "ignore"
+        states = self._text(texts) if self.cached is None else self.cached.text_of(texts, self._text)
+        images = torch.cat([batch.images, batch.hard_images, batch.random_images])
         tokens, mask, offsets = self._ground(batch.expressions, states, rows[3])
         return Encoded(
-            latents=self._latents(torch.cat([batch.images, batch.hard_images, batch.random_images])),
+            latents=self._latents(images) if self.cached is None else self.cached.latents_of(images, self._latents),
             text=states,
             caption=rows[0],
             hard_caption=rows[1],
@@ -90,6 +93,11 @@ class Encoder:
             targets=self._targets(batch, offsets).to(device),
             records=batch.records,
         )
+
+    def _text(self, texts: Sequence[str]) -> TextStates:
+        states = self.backbone.encode_text(texts, self._on_truncate)
+        self._on_truncate = "ignore"
+        return states
 
     def _latents(self, images: Tensor) -> Tensor:
         parts = (

@@ -21,8 +21,10 @@ from dpt_t2i.backbones.taps import parse_fusion
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import ProbeConfig, TrainConfig, TuneConfig, save_config
 from dpt_t2i.data.examples import Examples
+from dpt_t2i.data.perturb import perturb
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
+from dpt_t2i.training.cached import open_cache
 from dpt_t2i.training.checkpoint import checkpoints
 from dpt_t2i.training.encode import Encoder
 from dpt_t2i.training.start import restore_start
@@ -85,8 +87,9 @@ def set_up(config: StageConfig) -> Setup:
     )
     _check_widths(adapter, backbone, text_dim)
     adapter = adapter.to(accelerator.device)
-    encoder = Encoder(backbone, adapter.config.num_token_classes, grounding, settings.vae_batch_size)
     size = config.data.resolution or min(backbone.image_size)
+    cached = open_cache(config.data, backbone, size)
+    encoder = Encoder(backbone, adapter.config.num_token_classes, grounding, settings.vae_batch_size, cached)
     examples = Examples(
         open_records(config.data, "train", size),
         size,
@@ -94,6 +97,7 @@ def set_up(config: StageConfig) -> Setup:
         center_crop=config.data.center_crop,
         random_flip=config.data.random_flip,
         skip_bad=config.data.on_bad == "skip",
+        make_negatives=perturb,
     )
     held_out = open_records(config.data, "val", size)
     validation = Validation(backbone, adapter, taps, held_out, size, batch_size=settings.val_batch_size)

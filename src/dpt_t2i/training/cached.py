@@ -1,0 +1,248 @@
+"""`dpt data cache`: the VAE's posteriors and the text states of a data set, encoded once, and found again in training.
+
+The noise of a posterior stays alive: both its moments are kept, before the denoiser's scaling.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpt_t2i.backbones.fingerprint import part_hashes
+from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.latents import draw_latents, encode_posterior
+from dpt_t2i.backbones.loading import load_backbone
+from dpt_t2i.backbones.types import TextStates
+from dpt_t2i.config import CacheConfig, TrainDataConfig
+from dpt_t2i.data.cache import Cache, Columns, Key, Spec, content_key, fill, pixels_key, text_key
+from dpt_t2i.data.perturb import perturb
+from dpt_t2i.data.records import ImageSource, Record
+from dpt_t2i.data.sources import open_records
+from dpt_t2i.data.transforms import fit_square, mirror, to_pixels
+from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.shares import gathered, processes
+
+TEXT_BATCH = 32  # texts in one pass
+PARTS = ("tokens", "pooled", "mask")
+
+log = logging.getLogger(__name__)
+
+
+class CachedEncodings:
+    """Latents and text states of one base at one size; what is missing is encoded as it comes, and said once."""
+
+    def __init__(self, root: Path, backbone: Backbone, size: int, dtype: str) -> None:
+        self.backbone = backbone
+        hashes = part_hashes(backbone.pipeline)
+        vae = {name: digest for name, digest in hashes.items() if name.startswith("vae")}
+        texts = {name: digest for name, digest in hashes.items() if name not in vae} | _vocabularies(backbone.pipeline)
+        limit = backbone.null_text(1).tokens.shape[1]
+
+        def spec(kind: str, weights: dict[str, str], extent: int) -> Spec:
+            compute = str(backbone.dtype).removeprefix("torch.")
+            return Spec(kind, backbone.name, _joined(weights), extent, compute, dtype)
+
+        self.latents = Cache(root, spec("latents", vae, size))
+        self.text = Cache(root, spec("text", texts, limit))
+        self._told = False
+
+    def latents_of(self, images: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """`[B, 3, S, S]` in [-1, 1] -> latents `[B, C, h, w]` float32, the posterior's mean, as `encode` gives them."""
+        keys = [pixels_key(image) for image in images]
+        known = [row for row, key in enumerate(keys) if key in self.latents]
+        missing = [row for row, key in enumerate(keys) if key not in self.latents]
+        self._tell("images", missing, keys)
+        parts = [encode(images[missing])] if missing else []
+        if known:
+            rows = self.latents.read([keys[row] for row in known])
+            mean, log_variance = (rows[name].float().to(self.backbone.device) for name in ("mean", "logvar"))
+            parts.append(draw_latents(self.backbone.pipeline.vae, mean, log_variance))
+        return torch.cat(parts)[_inverse([*missing, *known])]
+
+    def text_of(self, texts: Sequence[str], encode: Callable[[Sequence[str]], TextStates]) -> TextStates:
+        """States of `texts`, as `encode` gives them."""
+        keys = [text_key(text) for text in texts]
+        known = [row for row, key in enumerate(keys) if key in self.text]
+        missing = [row for row, key in enumerate(keys) if key not in self.text]
+        self._tell("texts", missing, keys)
+        parts = [encode([texts[row] for row in missing])] if missing else []
+        if known:
+            rows = self.text.read([keys[row] for row in known])
+            rows = {name: part.float() if part.is_floating_point() else part for name, part in rows.items()}
+            extras = {name: rows.pop(name) for name in list(rows) if name not in PARTS}
+            parts.append(TextStates(**rows, extras=extras).to(self.backbone.device))
+        return TextStates.cat(parts).select(_inverse([*missing, *known]).to(self.backbone.device))
+
+    def _tell(self, what: str, missing: Sequence[int], keys: Sequence[Key]) -> None:
+        if missing and not self._told:
+            self._told = True
+            log.warning(
+                "%d of %d %s are not in the cache %s and are encoded as they come, as later ones will be; "
+                "`dpt data cache` with the settings of this run fills it",
+                len(missing), len(keys), what, self.latents.folder.parent,
+            )  # fmt: skip
+
+
+def open_cache(config: TrainDataConfig, backbone: Backbone, size: int) -> CachedEncodings | None:
+    """None where the settings name none.
+
+    Raises:
+        InputError: the folder is not there.
+    """
+    if config.cache_dir is None:
+        return None
+    if not config.cache_dir.is_dir():
+        raise InputError(f"cache_dir {config.cache_dir} does not exist; `dpt data cache` fills one")
+    return CachedEncodings(config.cache_dir, backbone, size, config.cache_dtype)
+
+
+def run_cache(config: CacheConfig) -> dict[str, Any]:
+    """Fill the cache with all that training can ask for. Every process of a launcher takes blocks that nobody has.
+
+    Raises:
+        InputError: no cache_dir, random crops, scenes without an end, or a picture that cannot be read.
+    """
+    data = config.data
+    if data.cache_dir is None:
+        raise InputError("`dpt data cache` needs cache_dir, the folder to fill")
+    if not data.center_crop:
+        raise InputError("random crops never come back, so they cannot be cached; set center_crop")
+    if data.dataset == "scenes" and data.max_samples is None:
+        raise InputError("scenes are drawn without an end; give max_samples, here and in training")
+    model = config.model
+    state = processes(model.device)
+    backbone = load_backbone(model.pretrained_model_name_or_path, model.revision, model.device, model.dtype)
+    size = data.resolution or min(backbone.image_size)
+    cached = CachedEncodings(data.cache_dir, backbone, size, data.cache_dtype)
+    records = open_records(data, "train", size)
+    parts = [records[at : at + config.block_size] for at in range(0, len(records), config.block_size)]
+    names = [_block_name(part, data, size) for part in parts]
+    first = len(names) * state.process_index // state.num_processes
+    latents = fill(cached.latents, names, lambda n, beat: _latents(cached, parts[n], config, size, beat), first)
+    text = fill(cached.text, names, lambda n, beat: _text(cached, parts[n], beat), first)
+    return _summary(gathered([(latents.rows, text.rows)], state), len(records), data.cache_dir, cached)
+
+
+def _summary(rows: Sequence[tuple[int, int]], records: int, root: Path, cached: CachedEncodings) -> dict[str, Any]:
+    cached.latents.refresh()
+    cached.text.refresh()
+    images, texts = (sum(column) for column in zip(*rows, strict=True))
+    line = f"{records} records: {images} images and {texts} texts encoded; the cache has {len(cached.latents)} and "
+    return {
+        "records": records,
+        "images_encoded": images,
+        "texts_encoded": texts,
+        "by_process": [list(row) for row in rows],
+        "images": len(cached.latents),
+        "texts": len(cached.text),
+        "cache_dir": str(root),
+        "summary": [line + str(len(cached.text)), f"cache: {root}"],
+    }
+
+
+@torch.no_grad()
+def _latents(
+    cached: CachedEncodings, records: Sequence[Record], config: CacheConfig, size: int, beat: Callable[[], None]
+) -> tuple[list[Key], Columns, int]:
+    """Every square that `Examples` can show of some records and the cache does not have."""
+    shown: dict[Key, bool] = {}  # and whether it was in the cache
+
+    def missing() -> Iterator[Tensor]:  # as they are asked for: a block of large pictures would fill the memory
+        for square in (square for record in records for square in _squares(record, size, config.data)):
+            key = pixels_key(square)
+            if key not in shown:
+                shown[key] = key in cached.latents
+                if not shown[key]:
+                    yield square
+
+    means, log_variances = [], []
+    squares = missing()
+    while batch := list(islice(squares, config.vae_batch_size)):
+        pixels = torch.stack(batch).to(cached.backbone.device)
+        mean, log_variance = encode_posterior(cached.backbone.pipeline.vae, pixels, cached.backbone.vae_scale)
+        means.append(mean.cpu())
+        log_variances.append(log_variance.cpu())
+        beat()
+    columns = {"mean": torch.cat(means), "logvar": torch.cat(log_variances)} if means else {}
+    return [key for key, known in shown.items() if not known], columns, sum(shown.values())
+
+
+@torch.no_grad()
+def _text(
+    cached: CachedEncodings, records: Sequence[Record], beat: Callable[[], None]
+) -> tuple[list[Key], Columns, int]:
+    texts = {text_key(text): text for record in records for text in _texts(record)}
+    missing = {key: text for key, text in texts.items() if key not in cached.text}
+    parts = []
+    texts_left = list(missing.values())
+    for at in range(0, len(texts_left), TEXT_BATCH):
+        parts.append(cached.backbone.encode_text(texts_left[at : at + TEXT_BATCH]))
+        beat()
+    if not parts:
+        return [], {}, len(texts)
+    states = TextStates.cat(parts)
+    columns = {**{name: getattr(states, name) for name in PARTS}, **states.extras}
+    return list(missing), columns, len(texts) - len(missing)
+
+
+def _squares(record: Record, size: int, data: TrainDataConfig) -> Iterable[Tensor]:
+    """As an example's own image (around an expression's boxes), as another's random one, and as a hard negative."""
+    image = record.load_image()
+    others = range(0 if record.negative_image is None else 1 + len(record.more_negative_images))
+    negatives = (record.load_negative_image(number) for number in others)
+    shots = [(image, ()), *((image, e.boxes) for e in record.expressions)]
+    for picture, boxes in [*shots, *((negative, ()) for negative in negatives if negative is not None)]:
+        square, kept = fit_square(picture, boxes, size)
+        yield to_pixels(square)
+        if data.random_flip:
+            yield to_pixels(mirror(square, kept)[0])
+
+
+def _texts(record: Record) -> list[str]:
+    negatives = record.negatives or [n for caption in record.captions for n in perturb(caption)]  # as training does
+    others = (*(n.caption for n in negatives), *(e.text for e in record.expressions))
+    return ["", *record.captions, *others]
+
+
+def _block_name(records: Sequence[Record], data: TrainDataConfig, size: int) -> str:
+    """Of all that decides which squares and texts a block has. Of a file, its place, size and time of change stand for
+    its content; where they deceive, training looks by content, finds nothing, and encodes."""
+    parts = [str((size, data.random_flip))]
+    for r in records:
+        parts += [repr((r.source, r.id, _identity(r.image), r.expressions, _texts(r), *map(_identity, _negatives(r))))]
+    return content_key(*(part.encode() for part in parts)).hex()
+
+
+def _negatives(record: Record) -> tuple[ImageSource | None, ...]:
+    return (record.negative_image, *record.more_negative_images)
+
+
+def _identity(image: ImageSource | None) -> tuple[str, int, int] | None:
+    if not isinstance(image, Path):
+        return None
+    seen = image.stat()
+    return str(image.resolve()), seen.st_size, seen.st_mtime_ns
+
+
+def _vocabularies(pipeline: Any) -> dict[str, str]:
+    """Tokenizer -> hash of what it makes of words."""
+    tokenizers = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part}
+    return {
+        name: content_key(repr(sorted(part.get_vocab().items())).encode(), str(part.model_max_length).encode()).hex()
+        for name, part in tokenizers.items()
+    }
+
+
+def _joined(hashes: dict[str, str]) -> str:
+    return content_key(*(f"{name} {digest}".encode() for name, digest in sorted(hashes.items()))).hex()
+
+
+def _inverse(order: Sequence[int]) -> Tensor:
+    """Where each of 0..n-1 stands in `order`."""
+    return torch.tensor(order).argsort()

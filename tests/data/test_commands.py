@@ -1,0 +1,68 @@
+"""`dpt data perturb` on a small folder."""
+
+import json
+
+import pytest
+
+from dpt_t2i.config import PerturbConfig
+from dpt_t2i.data.commands import run_perturb
+from dpt_t2i.data.imagefolder import read_imagefolder
+from dpt_t2i.errors import InputError
+from dpt_t2i.scenes.commands import export_scenes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    export_scenes(tmp_path / "scenes", n=5, seed=2)
+    return tmp_path / "scenes"
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_negatives_go_behind_those_that_are_there(folder):
+    before = rows(folder)
+    result = run_perturb(PerturbConfig(dataset=folder, per_caption=2))
+    after = rows(folder)
+    assert [{**row, "negatives": row["negatives"][:1]} for row in after] == before
+    assert sum(len(row["negatives"]) - 1 for row in after) == sum(result["added"].values()) > 5
+    assert [len(record.negatives) for record in read_imagefolder(folder)] == [len(r["negatives"]) for r in after]
+
+
+def test_twice_adds_nothing(folder):
+    run_perturb(PerturbConfig(dataset=folder))
+    once = rows(folder)
+    assert run_perturb(PerturbConfig(dataset=folder))["added"] == {}
+    assert rows(folder) == once
+
+
+def test_no_negative_is_another_caption_of_the_record(folder):
+    entries = rows(folder)
+    entries[0]["captions"] = ["two dogs", "Three dogs", "a zebra"]
+    (folder / "metadata.jsonl").write_text(json.dumps(entries[0]) + "\n")
+    run_perturb(PerturbConfig(dataset=folder, rules=("change_count",)))
+    made = [n["caption"] for n in rows(folder)[0]["negatives"][1:]]
+    assert made in (["Four dogs"], [])  # of "Three dogs" two or four, of "two dogs" three
+
+
+def test_a_copy_leaves_the_folder_alone(folder, tmp_path):
+    before = (folder / "metadata.jsonl").read_bytes()
+    run_perturb(PerturbConfig(dataset=folder, output_dir=tmp_path / "copy"))
+    assert (folder / "metadata.jsonl").read_bytes() == before
+    copied = read_imagefolder(tmp_path / "copy")
+    assert copied[0].load_image().tobytes() == read_imagefolder(folder)[0].load_image().tobytes()
+    assert max(len(record.negatives) for record in copied) == 2
+
+
+def test_bad_input_is_one_line_and_changes_nothing(folder, tmp_path):
+    before = (folder / "metadata.jsonl").read_bytes()
+    for config, says in (
+        (PerturbConfig(dataset=folder, rules=("negate",)), "rule `negate` is unknown"),
+        (PerturbConfig(dataset=folder, output_dir=tmp_path), "exists"),
+        (PerturbConfig(dataset=folder, output_dir=folder / "new"), "lies inside"),
+        (PerturbConfig(dataset=tmp_path / "none"), "does not exist"),
+    ):
+        with pytest.raises(InputError, match=says):
+            run_perturb(config)
+    assert (folder / "metadata.jsonl").read_bytes() == before

@@ -1,0 +1,144 @@
+"""From the cache or live, the same latents and states; and nothing that does not belong to what is asked for."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpt_t2i.config import CacheConfig, ModelConfig, TrainDataConfig
+from dpt_t2i.data.examples import Examples, collate
+from dpt_t2i.data.sources import open_records
+from dpt_t2i.errors import InputError
+from dpt_t2i.scenes.commands import export_scenes
+from dpt_t2i.training import cached as module
+from dpt_t2i.training.cached import CachedEncodings, open_cache, run_cache
+from dpt_t2i.training.encode import Encoder
+from tests.tiny import tiny_backbone
+
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    export_scenes(tmp_path / "scenes", n=8, seed=2, size=40)
+    return tmp_path / "scenes"
+
+
+@pytest.fixture
+def data(folder, tmp_path):
+    return TrainDataConfig(
+        dataset=str(folder), resolution=32, val_samples=2, random_flip=True, cache_dir=tmp_path / "cache"
+    )
+
+
+@pytest.fixture
+def run(backbone, monkeypatch):
+    monkeypatch.setattr(module, "load_backbone", lambda *_: backbone)
+    return lambda data, **more: run_cache(CacheConfig(model=ModelConfig(device="cpu"), data=data, **more))
+
+
+def batches(data):
+    examples = Examples(open_records(data, "train", 32), 32, seed=1, random_flip=data.random_flip)
+    return [collate([examples[4 * number + i] for i in range(4)]) for number in range(6)]  # four epochs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_encoded_from_the_cache_is_encoded_live(backbone, data, run, monkeypatch, dtype):
+    data = data.model_copy(update={"cache_dtype": dtype})
+    run(data, block_size=4)
+    live = [Encoder(backbone, 20, None)(batch) for batch in batches(data)]
+    encoder = Encoder(backbone, 20, None, cached=open_cache(data, backbone, 32))
+
+    def refuse(*_):
+        raise AssertionError("encoded, though it is in the cache")
+
+    monkeypatch.setattr(backbone, "encode_text", refuse, raising=False)
+    real = encoder._latents
+    monkeypatch.setattr(
+        encoder, "_latents", lambda images: real(images) if not images.any() else refuse()
+    )  # only where an example has no hard image
+    for expected, batch in zip(live, batches(data), strict=True):
+        found = encoder(batch)
+        limit = TOLERANCE[dtype]
+        torch.testing.assert_close(found.latents, expected.latents, rtol=limit, atol=limit)
+        for name in ("tokens", "pooled"):
+            ours, theirs = getattr(found.text, name), getattr(expected.text, name)
+            torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit)
+            assert ours.dtype == torch.float32
+        assert torch.equal(found.text.mask, expected.text.mask)
+        for name in (f.name for f in fields(found) if isinstance(getattr(found, f.name), Tensor)):
+            assert getattr(found, name).shape == getattr(expected, name).shape
+
+
+def test_what_is_missing_is_encoded_and_said_once(backbone, data, run, folder, caplog):
+    run(data)
+    (folder / "000001.png").write_bytes((folder / "000005.png").read_bytes())  # changed behind the cache's back
+    (folder / "000000.png").write_bytes((folder / "negatives" / "000007.png").read_bytes())  # held out: not cached
+    cached = open_cache(data, backbone, 32)
+    encoder = Encoder(backbone, 20, None, cached=cached)
+    for batch in batches(data):
+        expected, found = Encoder(backbone, 20, None)(batch), encoder(batch)
+        torch.testing.assert_close(found.latents, expected.latents, rtol=2e-3, atol=2e-3)
+    assert caplog.text.count("not in the cache") == 1
+
+
+def test_again_only_what_changed_is_encoded(data, run, folder):
+    first = run(data, block_size=2)
+    assert first["records"] == 6 and first["images_encoded"] == first["images"] > 12
+    again = run(data, block_size=2)
+    assert (again["images_encoded"], again["texts_encoded"]) == (0, 0)
+    (folder / "000001.png").write_bytes((folder / "negatives" / "000007.png").read_bytes())
+    changed = run(data, block_size=2)
+    assert 0 < changed["images_encoded"] < 10 and changed["texts_encoded"] == 0
+    assert run(data, block_size=3)["images_encoded"] == 0  # other blocks, the same content
+
+
+def test_other_weights_find_nothing(backbone, data, run):
+    run(data)
+    other = tiny_backbone(seed=1)
+    assert len(open_cache(data, backbone, 32).latents) > 0
+    for cached in (
+        CachedEncodings(data.cache_dir, other, 32, "float16"),
+        CachedEncodings(data.cache_dir, backbone, 32, "float32"),
+    ):
+        assert len(cached.latents) == len(cached.text) == 0
+    resized = CachedEncodings(data.cache_dir, backbone, 64, "float16")
+    assert len(resized.latents) == 0 and len(resized.text) > 0  # a text has no pixels
+
+
+def test_the_posterior_keeps_its_noise(backbone, data, run):
+    run(data.model_copy(update={"cache_dtype": "float32"}))
+    cached = CachedEncodings(data.cache_dir, backbone, 32, "float32")
+    image = batches(data)[0].images[:1]
+    rows = cached.latents.read([module.pixels_key(image[0])])
+    drawn = module.draw_latents(backbone.pipeline.vae, rows["mean"], rows["logvar"], torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        live = backbone.encode_image(image, torch.Generator().manual_seed(3))
+        mean = backbone.encode_image(image)
+    torch.testing.assert_close(drawn, live, rtol=1e-4, atol=1e-5)
+    assert (drawn - mean).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"cache_dir": None}, "needs cache_dir"),
+        ({"center_crop": False}, "random crops never come back"),
+        ({"dataset": "scenes"}, "give max_samples"),
+    ],
+)
+def test_what_cannot_be_cached_is_one_line(data, run, change, says):
+    with pytest.raises(InputError, match=says):
+        run(data.model_copy(update=change))
+
+
+def test_a_missing_cache_is_one_line(backbone, data):
+    with pytest.raises(InputError, match="dpt data cache"):
+        open_cache(data, backbone, 32)
+    assert open_cache(data.model_copy(update={"cache_dir": None}), backbone, 32) is None
