@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 
 from dpt_t2i import config as settings
 from dpt_t2i.config import ALIASES, Section, build_config, is_optional, is_tuple, leaves, resolve_key
-from dpt_t2i.errors import InputError
+from dpt_t2i.errors import InputError, Stopped
 
 # hyphen = underscore in every flag
 SETTINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120}
@@ -42,7 +42,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 1 our fault, 2 bad input, 130 interrupted."""
+    """Run one command. Returns the exit code: 0 done, 1 our fault, 2 bad input, 128 + n ended by signal n.
+
+    130 = interrupted; 143 = asked to end by SIGTERM: training has then left a checkpoint.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         code = app(args=arguments, prog_name="dpt", standalone_mode=False)
@@ -50,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     except typer.TyperException as error:
         return _refuse(_usage_message(error))
+    except Stopped as stop:
+        if _is_first_process():
+            typer.echo(" ".join(str(stop).split()), err=True)
+        return 128 + stop.signal
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except Exception:
