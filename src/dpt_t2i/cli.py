@@ -306,6 +306,9 @@ evaluate = typer.Typer(help="Measure alignment, image-text matching or grounding
 scenes = typer.Typer(help="The drawn world: look at it, or write it out as a dataset.", context_settings=SETTINGS)
 
 
+runs = typer.Typer(help="Look at finished or unfinished runs.", context_settings=SETTINGS)
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -331,6 +334,7 @@ command(evaluate, "alignment", settings.AlignmentConfig, "dpt_t2i.report:evaluat
 command(evaluate, "itm", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_itm")
 command(evaluate, "rec", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_rec")
 app.add_typer(scenes, name="scenes")
+app.add_typer(runs, name="runs")
 command(
     app,
     "import-official",
@@ -373,3 +377,14 @@ def _export(
     """Write scenes as an imagefolder with metadata.jsonl: captions, expressions, boxes, hard negatives."""
     named = {"output_dir": output_dir, "n": n, "seed": seed, "size": size, "split": split}
     _perform("dpt_t2i.scenes.commands:export_scenes", (), named, json, output_dir)
+
+
+@runs.command("compare")
+def _compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="run folder", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="run folder", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", help="image file")] = Path("runs/compare.png"),
+    json: AsJson = False,
+) -> None:
+    """Two runs side by side: settings that differ, figures, and a plot of their curves."""
+    _perform("dpt_t2i.training.runs:compare_runs", (a, b, output), {}, json, output.parent)
