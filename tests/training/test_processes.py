@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,18 @@ def test_the_same_training_on_one_process_two_and_with_accumulation(
     run_probe(probe_config(max_train_steps=1))
     exact_figures(monkeypatch)
 
-    def both_precisions(name: str, sizes: dict[str, int]) -> None:
-        common = sizes | {"adapter": str(tmp_path / "probe"), "checkpointing_steps": 99, "val_samples": 2}
-        run_tune(tune_config(output_dir=str(tmp_path / name / "float32"), **common, max_train_steps=1))
-        torch.set_default_dtype(torch.float64)
-        torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]  # in a fork that ends soon
-        tune.set_up = in_double_precision  # type: ignore[assignment]
-        run_tune(tune_config(output_dir=str(tmp_path / name / "float64"), **common, max_train_steps=STEPS))
+    def tuned(name: str, precision: str, steps: int) -> None:
+        if precision == "float64":  # in a fork that ends soon
+            torch.set_default_dtype(torch.float64)
+            torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+            tune.set_up = in_double_precision  # type: ignore[assignment]
+        common = ARMS[name][1] | {"adapter": str(tmp_path / "probe"), "checkpointing_steps": 99, "val_samples": 2}
+        run_tune(tune_config(output_dir=str(tmp_path / name / precision), **common, max_train_steps=steps))
 
-    for name, (world, sizes) in ARMS.items():
-        forked.run(lambda name=name, sizes=sizes: both_precisions(name, sizes), tmp_path / name, world)
+    for name, (world, _) in ARMS.items():
+        for precision, steps in (("float32", 1), ("float64", STEPS)):
+            work = partial(tuned, name, precision, steps)
+            forked.run(work, tmp_path / "logs" / f"{name}-{precision}", world)
 
     (first,) = train_rows(tmp_path / "one" / "float32")
     rows = train_rows(tmp_path / "one" / "float64")
