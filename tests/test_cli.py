@@ -2,8 +2,8 @@
 
 import errno
 import json
-import subprocess
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from dpt_t2i.errors import InputError, Stopped
 COMMANDS = [
     "demo", "probe", "tune", "generate", "score", "import-official", "export", "doctor",
     "evaluate", "evaluate alignment", "evaluate itm", "evaluate rec",
-    "scenes", "scenes render", "scenes export",
+    "scenes", "scenes render", "scenes export", "runs", "runs compare",
 ]  # fmt: skip
 
 

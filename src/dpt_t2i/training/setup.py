@@ -131,8 +131,8 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
         raise InputError(f"mixed_precision {asked}, report_to {train.report_to}: {error}") from error
     if accelerator.distributed_type not in (DistributedType.NO, *WHOLE_WEIGHTS):
         raise InputError(
-            f"{accelerator.distributed_type.value} cuts the weights into parts, which checkpoints and validation cannot "
-            "read yet; launch with --multi_gpu"
+            f"{accelerator.distributed_type.value} cuts the weights into parts, which checkpoints and validation "
+            "cannot read yet; launch with --multi_gpu"
         )
     if tracker is not None:
         start_trackers(accelerator, config.run_name)
