@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,12 +14,13 @@ import pytest
 
 from dpt_t2i import cli
 from dpt_t2i.config import GenerateConfig, ProbeConfig, TuneConfig
-from dpt_t2i.errors import InputError
+from dpt_t2i.errors import InputError, Stopped
 
 COMMANDS = [
     "demo", "probe", "tune", "generate", "score", "import-official", "export", "doctor",
     "evaluate", "evaluate alignment", "evaluate itm", "evaluate rec",
     "scenes", "scenes render", "scenes export", "data", "data inspect", "data cache", "data perturb",
+    "runs", "runs compare",
 ]  # fmt: skip
 
 
@@ -194,6 +196,18 @@ def test_an_input_error_of_the_work_is_the_users(work: Callable[..., Work], caps
     work(PROBE, refuse("adapter runs/x does not exist"))
     assert cli.main(["probe"]) == 2
     assert capsys.readouterr().err == "error: adapter runs/x does not exist\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_stopped_by_a_signal_tells_and_has_its_own_code(
+    work: Callable[..., Work], capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    def stopped() -> dict[str, Any]:
+        raise Stopped(number, "stopped at step 3 of 9")
+
+    work(PROBE, stopped)
+    assert cli.main(["probe"]) == code
+    assert capsys.readouterr().err == "stopped at step 3 of 9\n"
 
 
 def test_any_other_error_is_ours(work: Callable[..., Work], capsys: pytest.CaptureFixture[str]) -> None:

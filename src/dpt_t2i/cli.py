@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 
 from dpt_t2i import config as settings
 from dpt_t2i.config import ALIASES, Section, build_config, is_optional, is_tuple, leaves, resolve_key
-from dpt_t2i.errors import InputError
+from dpt_t2i.errors import InputError, Stopped
 
 # hyphen = underscore in every flag
 SETTINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120}
@@ -42,7 +42,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 1 our fault, 2 bad input, 130 interrupted."""
+    """Run one command. Returns the exit code: 0 done, 1 our fault, 2 bad input, 128 + n ended by signal n.
+
+    130 = interrupted; 143 = asked to end by SIGTERM: training has then left a checkpoint.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         code = app(args=arguments, prog_name="dpt", standalone_mode=False)
@@ -50,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     except typer.TyperException as error:
         return _refuse(_usage_message(error))
+    except Stopped as stop:
+        if _is_first_process():
+            typer.echo(" ".join(str(stop).split()), err=True)
+        return 128 + stop.signal
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except Exception:
@@ -300,6 +307,7 @@ scenes = typer.Typer(help="The drawn world: look at it, or write it out as a dat
 data = typer.Typer(
     help="Your own pictures and texts: look at them, add hard negatives, encode them once.", context_settings=SETTINGS
 )
+runs = typer.Typer(help="Look at finished or unfinished runs.", context_settings=SETTINGS)
 
 
 @app.callback()
@@ -331,6 +339,7 @@ app.add_typer(data, name="data")
 command(data, "cache", settings.CacheConfig, "dpt_t2i.training.cached:run_cache")
 command(data, "inspect", settings.InspectConfig, "dpt_t2i.data.inspection:run_inspect")
 command(data, "perturb", settings.PerturbConfig, "dpt_t2i.data.commands:run_perturb")
+app.add_typer(runs, name="runs")
 command(
     app,
     "import-official",
@@ -373,3 +382,14 @@ def _export(
     """Write scenes as an imagefolder with metadata.jsonl: captions, expressions, boxes, hard negatives."""
     named = {"output_dir": output_dir, "n": n, "seed": seed, "size": size, "split": split}
     _perform("dpt_t2i.scenes.commands:export_scenes", (), named, json, output_dir)
+
+
+@runs.command("compare")
+def _compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="run folder", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="run folder", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", help="image file")] = Path("runs/compare.png"),
+    json: AsJson = False,
+) -> None:
+    """Two runs side by side: settings that differ, figures, and a plot of their curves."""
+    _perform("dpt_t2i.training.runs:compare_runs", (a, b, output), {}, json, output.parent)

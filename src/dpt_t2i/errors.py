@@ -9,3 +9,11 @@ class InputError(ValueError):
     The message is one line that names the thing and the mend. The command line prints it to
     stderr without a traceback and exits with code 2; code 1 means that the fault is ours.
     """
+
+
+class Stopped(Exception):
+    """The run was asked to end by a signal, and has left a checkpoint. The exit code is 128 + the signal's number."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -48,7 +48,7 @@ def probe_config(base: Path, tmp_path: Path) -> Callable[..., ProbeConfig]:
 @pytest.fixture
 def tune_config(base: Path, tmp_path: Path) -> Callable[..., TuneConfig]:
     def make(**overrides: Any) -> TuneConfig:
-        defaults = {"pretrained_model_name_or_path": str(base), "output_dir": str(tmp_path / "tune")}
+        defaults = {"pretrained_model_name_or_path": str(base), "output_dir": str(tmp_path / "tune"), "sample_every": 0}
         return build_config(TuneConfig, overrides=SMALL | defaults | overrides)
 
     return make

@@ -1,6 +1,8 @@
 """Checkpoints are whole or not there, rotate, are found by name, and give AdamW its moments back."""
 
 import json
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,8 @@ def test_a_checkpoint_holds_artifacts_moments_and_state(tmp_path):
     folder = write(tmp_path / "run", 7)
     assert folder == tmp_path / "run" / "checkpoint-7"
     assert sorted(path.name for path in folder.iterdir()) == ["art", "optimizer.safetensors", "state.json"]
-    assert json.loads((folder / "state.json").read_text()) == {"step": 7, "scale": 8.0}
+    sizes = {name: (folder / name).stat().st_size for name in ("art", "optimizer.safetensors")}
+    assert json.loads((folder / "state.json").read_text()) == {"step": 7, "scale": 8.0, "files": sizes}
     moments = load_file(folder / "optimizer.safetensors")
     assert moments.keys() == {"used|step", "used|exp_avg", "used|exp_avg_sq"}
     # Gradients 1 and 2 with betas 0.9, 0.999: 0.9 * 0.1 * 1 + 0.1 * 2, and 0.999 * 0.001 * 1 + 0.001 * 4.
@@ -128,6 +131,87 @@ def test_a_folder_without_state_is_never_found_nor_counted(tmp_path):
         find_checkpoint(tmp_path, "checkpoint-9")
     write(tmp_path, 3, keep=2)  # the broken one takes no place
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 3]
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty state"])
+def test_latest_is_the_newest_whole_one(tmp_path, caplog, damage):
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+    if damage == "cut":
+        (newest / "art").write_text("weig")
+    elif damage == "gone":
+        (newest / "art").unlink()
+    else:
+        (newest / "state.json").write_text("")
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1"
+    assert "checkpoint-2 is not whole and is passed over" in caplog.text
+    with pytest.raises(InputError, match="checkpoint-2 is damaged: a file is missing or cut short"):
+        find_checkpoint(tmp_path, "checkpoint-2")
+    assert (write(tmp_path, 2) / "art").read_text() == "weights", "and is replaced when its step comes again"
+
+
+def test_a_kill_during_a_removal_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write(tmp_path, step)
+    real = checkpoint.shutil.rmtree
+
+    def killed(folder: Path, **kwargs: object) -> None:
+        if folder.name == ".checkpoint-1.old" and folder.exists():
+            (folder / "art").unlink()
+            raise KeyboardInterrupt
+        real(folder, **kwargs)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 3, keep=2)
+    monkeypatch.undo()
+    assert [step for step, _ in checkpoints(tmp_path)] == [2, 3]
+    assert not (tmp_path / "checkpoint-1").exists()
+    write(tmp_path, 4)
+    assert not list(tmp_path.glob(".checkpoint-*")), "leftovers are cleared"
+
+
+def test_rotation_leaves_the_best_alone(tmp_path):
+    parameters, optimizer = trained()
+    for step in (1, 2, 3, 4):
+        write_checkpoint(tmp_path, step, parameters, optimizer, lambda _: None, {}, 2, spared=(1,))
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 3, 4]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB, where mounting is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk):
+    write(small_disk, 1)
+    before = contents(small_disk)
+    parameters, optimizer = trained(100_000)  # two moments of 400 kB
+    with pytest.raises(InputError, match=r"cannot write .*checkpoint-2: .*[Nn]o space left.*are intact"):
+        write_checkpoint(small_disk, 2, parameters, optimizer, lambda _: None, {}, 1)
+    assert contents(small_disk) == before
+
+
+def test_counts_of_the_8_bit_optimizer_come_back_as_numbers(tmp_path):
+    class Adam8bit(torch.optim.Optimizer):
+        pass
+
+    parameter = nn.Parameter(torch.zeros(3))
+    state = {"step": 5, "state1": torch.tensor([1, 2, 3], dtype=torch.uint8), "absmax1": torch.tensor([0.5])}
+    optimizer, fresh = (Adam8bit([parameter], {"lr": 0.1}) for _ in range(2))
+    optimizer.state[parameter] = dict(state)
+    folder = write_checkpoint(tmp_path, 5, {"p": parameter}, optimizer, lambda _: None, {}, 1)
+    read_optimizer(folder, {"p": parameter}, fresh)
+    got = fresh.state[parameter]
+    assert got["step"] == 5 and isinstance(got["step"], int)
+    assert got["state1"].dtype == torch.uint8 and got["state1"].tolist() == [1, 2, 3] and got["absmax1"].item() == 0.5
 
 
 def test_what_lies_after_the_step_gone_on_from_is_dropped(tmp_path):

@@ -1,6 +1,8 @@
 """The loop on a model of two numbers, so that every step can be done on paper."""
 
 import math
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,18 +12,22 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from dpt_t2i.config import DataConfig, TrainConfig
 from dpt_t2i.data.examples import Batch, Examples
 from dpt_t2i.data.scenes import SceneRecords
-from dpt_t2i.errors import InputError
+from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.training.checkpoint import checkpoints
-from dpt_t2i.training.engine import Job, _draws, _mix, _rate_factor, _step, train
+from dpt_t2i.training.engine import Job, _rate_factor, _step, train
 from dpt_t2i.training.objective import Draw
+from dpt_t2i.training.signals import Signals
 from dpt_t2i.training.trackers import read_metrics
+from dpt_t2i.training.windows import Feed, draws, mix
 
 LIKE = torch.zeros(1, 4, 2, 2)
+DRAW = Draw(LIKE[:1], torch.tensor([7]), torch.tensor([False]))
 
 
 @dataclass
@@ -63,15 +69,11 @@ def encoder(batch: Batch) -> Coded:
 
 def job(folder: Path, objective: nn.Module | None = None, weight: float = 1.0, **train: Any) -> Job:
     defaults = {"max_train_steps": 4, "train_batch_size": 2, "learning_rate": 0.1, "adam_weight_decay": 0.0}
+    examples = Examples(SceneRecords(length=10, size=16), 16)
     return Job(
         objective=objective or Plane(),
         weights={"loss_mse": weight},
-        encoder=encoder,  # type: ignore[arg-type]
-        examples=Examples(SceneRecords(length=10, size=16), 16),
-        train=TrainConfig(**(defaults | train)),
-        data=DataConfig(),
-        caption_dropout=0.5,
-        seed=0,
+        feed=Feed(encoder, examples, TrainConfig(**(defaults | train)), DataConfig(), 0.5, 0),  # type: ignore[arg-type]
         output_dir=folder,
         save_artifacts=lambda folder: None,
         load_artifacts=lambda folder: None,
@@ -84,17 +86,21 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def whole(draws: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+def fed(given: Job, **changes: Any) -> Job:
+    return replace(given, feed=replace(given.feed, **changes))
+
+
+def whole(parts: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        torch.cat([draw.noise for draw in draws]),
-        torch.cat([draw.timesteps for draw in draws]),
-        torch.cat([draw.drop_caption for draw in draws]),
+        torch.cat([draw.noise for draw in parts]),
+        torch.cat([draw.timesteps for draw in parts]),
+        torch.cat([draw.drop_caption for draw in parts]),
     )
 
 
 def test_draws_do_not_depend_on_how_a_step_is_cut(tmp_path):
-    one = _draws(job(tmp_path), 5, parts=1, count=4, like=LIKE)
-    two = _draws(job(tmp_path), 5, parts=2, count=2, like=LIKE)
+    one = draws(job(tmp_path).feed, 5, parts=1, count=4, like=LIKE)
+    two = draws(job(tmp_path).feed, 5, parts=2, count=2, like=LIKE)
     assert [len(draw.timesteps) for draw in one + two] == [4, 2, 2]
     assert one[0].noise.shape == (4, 4, 2, 2)
     assert all(torch.equal(a, b) for a, b in zip(whole(one), whole(two), strict=True))
@@ -102,30 +108,30 @@ def test_draws_do_not_depend_on_how_a_step_is_cut(tmp_path):
 
 
 def test_draws_differ_by_step_and_by_seed(tmp_path):
-    first = job(tmp_path)
-    noises = [_draws(j, step, 1, 4, LIKE)[0].noise for j in (first, replace(first, seed=1)) for step in (0, 1, 2)]
+    first = job(tmp_path).feed
+    noises = [draws(feed, step, 1, 4, LIKE)[0].noise for feed in (first, replace(first, seed=1)) for step in (0, 1, 2)]
     assert all(not torch.equal(a, b) for i, a in enumerate(noises) for b in noises[:i])
-    assert torch.equal(noises[0], _draws(first, 0, 1, 4, LIKE)[0].noise)
+    assert torch.equal(noises[0], draws(first, 0, 1, 4, LIKE)[0].noise)
 
 
 def test_timesteps_reach_both_ends_and_captions_drop_as_often_as_asked(tmp_path):
-    noise, timesteps, drop = whole(_draws(job(tmp_path, min_timestep=3, max_timestep=6), 0, 1, 2000, LIKE))
+    noise, timesteps, drop = whole(draws(job(tmp_path, min_timestep=3, max_timestep=6).feed, 0, 1, 2000, LIKE))
     assert timesteps.unique().tolist() == [3, 4, 5, 6]
     assert abs(drop.float().mean().item() - 0.5) < 0.05  # standard deviation 0.011
     assert abs(noise.std().item() - 1) < 0.02
-    assert not _draws(replace(job(tmp_path), caption_dropout=0.0), 0, 1, 50, LIKE)[0].drop_caption.any()
-    assert _draws(replace(job(tmp_path), caption_dropout=1.0), 0, 1, 50, LIKE)[0].drop_caption.all()
+    assert not draws(fed(job(tmp_path), caption_dropout=0.0).feed, 0, 1, 50, LIKE)[0].drop_caption.any()
+    assert draws(fed(job(tmp_path), caption_dropout=1.0).feed, 0, 1, 50, LIKE)[0].drop_caption.all()
 
 
 def test_every_seed_step_and_rank_has_its_own_number():
-    numbers = {_mix(seed, step, rank) for seed in range(4) for step in (0, 1, 999_999, 2**31 - 1) for rank in range(8)}
+    numbers = {mix(seed, step, rank) for seed in range(4) for step in (0, 1, 999_999, 2**31 - 1) for rank in range(8)}
     assert len(numbers) == 4 * 4 * 8
     assert 0 <= min(numbers) and max(numbers) < 2**63
 
 
 def test_rates(tmp_path):
     def factor(**train: Any) -> list[float]:
-        schedule = _rate_factor(job(tmp_path, max_train_steps=8, **train).train)
+        schedule = _rate_factor(job(tmp_path, max_train_steps=8, **train).feed.train)
         return [schedule(step) for step in (0, 2, 4, 8)]
 
     assert factor(lr_scheduler="constant") == [1, 1, 1, 1]
@@ -139,26 +145,26 @@ def step_once(folder: Path, accelerator: Accelerator, limit: float, *slopes: tup
     model = Plane()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # w = -gradient after one step
     given = job(folder, model, weight, max_grad_norm=limit)
-    window = [(Coded((i,), boxes=1 + 2 * i, slope=slope), None) for i, slope in enumerate(slopes)]
-    terms, norm = _step(given, accelerator, model, optimizer, window, 0)  # type: ignore[arg-type]
-    return model, terms, norm
+    window: Any = [(Coded((i,), boxes=1 + 2 * i, slope=slope), DRAW) for i, slope in enumerate(slopes)]
+    outcome = _step(given, accelerator, model, optimizer, window, 0)
+    return model, outcome
 
 
 def test_a_long_gradient_is_clipped_and_its_own_norm_told(tmp_path, accelerator):
-    model, terms, norm = step_once(tmp_path, accelerator, 1.0, (3.0, 4.0))
-    assert norm == pytest.approx(5)
+    model, outcome = step_once(tmp_path, accelerator, 1.0, (3.0, 4.0))
+    assert outcome.norm == pytest.approx(5)
     assert model.w.tolist() == pytest.approx([-0.6, -0.8], abs=1e-5)
-    assert terms == {"loss_mse": 0.0, "loss": 0.0}  # taken at w = 0
+    assert outcome.terms == {"loss_mse": 0.0, "loss": 0.0}  # taken at w = 0
 
 
 def test_a_short_gradient_is_left_alone(tmp_path, accelerator):
-    model, _, norm = step_once(tmp_path, accelerator, 10.0, (3.0, 4.0))
-    assert norm == pytest.approx(5) and model.w.tolist() == [-3, -4]
+    model, outcome = step_once(tmp_path, accelerator, 10.0, (3.0, 4.0))
+    assert outcome.norm == pytest.approx(5) and model.w.tolist() == [-3, -4]
 
 
 def test_a_window_is_averaged_weighted_and_shares_its_boxes(tmp_path, accelerator):
-    model, _, norm = step_once(tmp_path, accelerator, 100.0, (6.0, 0.0), (0.0, 8.0), weight=2.0)
-    assert model.w.tolist() == [-6, -8] and norm == pytest.approx(10)  # 2 x the mean of both slopes
+    model, outcome = step_once(tmp_path, accelerator, 100.0, (6.0, 0.0), (0.0, 8.0), weight=2.0)
+    assert model.w.tolist() == [-6, -8] and outcome.norm == pytest.approx(10)  # 2 x the mean of both slopes
     assert [boxes for _, _, boxes in model.seen] == [2, 2]  # 1 and 3 boxes
 
 
@@ -180,7 +186,7 @@ def test_bounds_are_kept_after_every_step(tmp_path, accelerator):
 def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path, accelerator):
     train(job(tmp_path, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9), accelerator)
     again = job(tmp_path, max_train_steps=3, checkpointing_steps=9, resume_from_checkpoint="checkpoint-2")
-    train(replace(again, train=again.train.model_copy(update={"checkpoints_total_limit": 9})), accelerator)
+    train(fed(again, train=again.feed.train.model_copy(update={"checkpoints_total_limit": 9})), accelerator)
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 2, 3]
 
 
@@ -196,7 +202,7 @@ def test_going_on_with_other_examples_is_refused(tmp_path, accelerator, change, 
     train(job(tmp_path, max_train_steps=1), accelerator)
     seed = {"seed": change["seed"]} if "seed" in change else {}
     sizes = {} if seed else change
-    other = replace(job(tmp_path, resume_from_checkpoint="latest", **sizes), **seed)
+    other = fed(job(tmp_path, resume_from_checkpoint="latest", **sizes), **seed)
     with pytest.raises(InputError, match=says):
         train(other, accelerator)
     train(
@@ -275,7 +281,7 @@ def test_a_refresh_sees_the_step_and_its_batch_is_used(tmp_path, accelerator):
 
     model = Plane()
     given = job(tmp_path, model, max_train_steps=2, gradient_accumulation_steps=2)
-    train(replace(given, refresh=refresh), accelerator)
+    train(fed(given, refresh=refresh), accelerator)
     assert steps == [0, 0, 1, 1]
     assert [batch.records for batch, _, _ in model.seen] == [(100, 100)] * 2 + [(101, 101)] * 2
 
@@ -284,12 +290,120 @@ def test_a_gradient_that_is_not_finite_is_no_step(tmp_path, accelerator):
     model = Plane()
     model.w.register_hook(lambda gradient: gradient * math.inf)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    window: Any = [(Coded((4,), slope=(1.0, 1.0)), None)]
-    with pytest.raises(InputError, match=r"the gradient is not finite at step 8, records \[\[4\]\]"):
-        _step(job(tmp_path, model), accelerator, model, optimizer, window, 7)
+    window: Any = [(Coded((4,), slope=(1.0, 1.0)), DRAW)]
+    outcome = _step(job(tmp_path, model), accelerator, model, optimizer, window, 7)
     assert model.w.tolist() == [0, 0]
+    file = tmp_path / "nan" / "step-8-rank-0.safetensors"
+    assert outcome.fault == f"the gradient is not finite (norm inf), records [[4]]; its batch is in {file}"
 
 
-def test_a_loss_that_is_not_finite_is_no_step(tmp_path, accelerator):
-    with pytest.raises(InputError, match=r"not finite at step 1, records \[\[0\], \[1\]\]: \{'loss_mse': nan\}"):
-        step_once(tmp_path, accelerator, 1.0, (1.0, 1.0), (math.nan, 1.0))
+def test_a_loss_that_is_not_finite_is_no_step_and_its_batch_is_kept(tmp_path, accelerator):
+    model, outcome = step_once(tmp_path, accelerator, 1.0, (1.0, 1.0), (math.nan, 1.0))
+    assert model.w.tolist() == [0, 0]
+    file = tmp_path / "nan" / "step-1-rank-0.safetensors"
+    said = "the loss is not finite, records [1]: {'loss_mse': nan, 'loss': nan}"
+    assert outcome.fault == f"{said}; its batch is in {file}"
+    with safe_open(file, framework="pt") as saved:
+        assert saved.metadata() == {"format": "pt", "said": said, "records": "[[0], [1]]"}
+        assert set(saved.keys()) == {f"{n}.{name}" for n in (0, 1) for name in ("noise", "timesteps", "drop_caption")}
+        assert saved.get_tensor("1.timesteps").tolist() == [7]
+
+
+def train_rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "train"]
+
+
+class Poisoned(Plane):
+    """Its loss is NaN at the given calls."""
+
+    def __init__(self, *calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, batch: Coded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
+        (term,) = super().forward(batch, draw, num_boxes).values()
+        return {"loss_mse": term * math.nan if len(self.seen) in self.calls else term}
+
+
+def test_a_run_stops_at_nan_and_names_the_step(tmp_path, accelerator):
+    with pytest.raises(InputError, match=r"^step 3: the loss is not finite, records \[\d, \d\]: .*nan.* is intact"):
+        train(job(tmp_path, Poisoned(3), checkpointing_steps=1), accelerator)
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 2]
+
+
+def test_a_run_may_skip_nan_and_count_it_across_a_resume(tmp_path, accelerator):
+    model = Poisoned(2, 3)
+    train(job(tmp_path, model, on_nan="skip"), accelerator)
+    assert model.w.tolist() == pytest.approx([-0.2, 0.2], abs=1e-5), "AdamW moved at two of four steps"
+    assert train_rows(tmp_path)[-1]["skipped"] == 2
+    again = job(tmp_path, Poisoned(1), on_nan="skip", max_train_steps=6, resume_from_checkpoint="latest")
+    train(again, accelerator)
+    assert train_rows(tmp_path)[-1]["skipped"] == 3
+
+
+def test_a_run_that_skips_all_its_steps_ends(tmp_path, accelerator):
+    with pytest.raises(InputError, match=r"step 20 \(20 in a row\): the loss is not finite"):
+        train(job(tmp_path, Poisoned(*range(99)), on_nan="skip", max_train_steps=40, train_batch_size=1), accelerator)
+
+
+class Called(Plane):
+    """The process gets a signal in the middle of a step."""
+
+    def __init__(self, number: int, call: int) -> None:
+        super().__init__()
+        self.number, self.call = number, call
+
+    def forward(self, batch: Coded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
+        terms = super().forward(batch, draw, num_boxes)
+        if len(self.seen) == self.call:
+            os.kill(os.getpid(), self.number)
+        return terms
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, accelerator, number):
+    before = signal.getsignal(number)
+    validated: list[int] = []
+    given = replace(
+        job(tmp_path, Called(number, 2), validation_steps=2), validate=lambda: validated.append(1) or {"itm_text": 1.0}
+    )
+    with pytest.raises(Stopped, match=rf"^{number.name}: stopped at step 2 of 4; go on with --resume") as stopped:
+        train(given, accelerator)
+    assert stopped.value.signal == number and signal.getsignal(number) == before
+    assert [step for step, _ in checkpoints(tmp_path)] == [2]
+    assert len(validated) == 1, "the baseline; it does not wait for step 2's validation"
+    again = job(tmp_path, Plane(), validation_steps=2, resume_from_checkpoint="latest")
+    train(replace(again, validate=given.validate), accelerator)
+    rows = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["split"] == "val"]
+    assert rows == [0, 2, 4], "which is made up for"
+
+
+def test_a_second_signal_acts_at_once():
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path, accelerator):
+    figures = iter([0.9, 0.1, 0.5, 0.7, 0.6, 0.2, 0.1])  # of steps 0, 1, 2, ...: the baseline does not count
+    settings = {"max_train_steps": 6, "validation_steps": 1, "checkpointing_steps": 9, "checkpoints_total_limit": 1}
+    given = replace(job(tmp_path, **settings), validate=lambda: {"itm_text": next(figures)})
+    train(given, accelerator)
+    assert [step for step, _ in checkpoints(tmp_path)] == [3, 6]
+
+
+def test_an_unknown_best_metric_is_named(tmp_path, accelerator):
+    given = replace(job(tmp_path, best_metric="itm"), validate=lambda: {"itm_text": 0.1, "rec_p1": 0.2})
+    with pytest.raises(InputError, match="best_metric `itm` is no held-out figure .* there are itm_text, rec_p1"):
+        train(given, accelerator)
+
+
+def test_samples_come_when_due(tmp_path, accelerator):
+    asked: list[int] = []
+    given = replace(job(tmp_path), sample=lambda step: asked.append(step) or {"lora_norm": 0.5}, sample_every=2)
+    train(given, accelerator)
+    assert asked == [2, 4]
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["split"] == "samples"]
+    assert rows == [{"step": step, "split": "samples", "lora_norm": 0.5} for step in asked]

@@ -1,6 +1,7 @@
 """Both recipes through their public functions, on the tiny model."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from safetensors.torch import load_file
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.backbones.loading import load_backbone
 from dpt_t2i.errors import InputError
+from dpt_t2i.training import probe as probe_module
+from dpt_t2i.training import tune as tune_module
 from dpt_t2i.training.probe import run_probe
+from dpt_t2i.training.setup import set_up
 from dpt_t2i.training.trackers import read_metrics
 from dpt_t2i.training.tune import run_tune
 
@@ -41,6 +45,69 @@ def test_probe_then_tune(probe_config, tune_config, base):
     weighted = [1, 1, 1, 5, 2, 1, 1]
     assert row["loss"] == pytest.approx(sum(w * row[t] for w, t in zip(weighted, terms, strict=True)), rel=1e-4)
     assert (tune.output_dir / "config.yaml").is_file()
+
+
+def moved_by(run, module, config, monkeypatch):
+    """(changed, all) parameter names of everything that the recipe loads, over a run of it."""
+    seen = {}
+
+    def watched(config):
+        setup = set_up(config)
+        pipeline = setup.backbone.pipeline
+        seen["parts"] = {
+            "denoiser": setup.backbone.denoiser,
+            "vae": pipeline.vae,
+            "text": pipeline.text_encoder,
+            "adapter": setup.adapter,
+        }
+        seen["before"] = {name: value.clone() for name, value in named(seen["parts"]).items()}
+        return setup
+
+    def named(parts):
+        # PEFT puts the layers that it adapts one level down
+        return {
+            f"{part}.{name}".replace(".base_layer.", "."): value.detach()
+            for part, module in parts.items()
+            for name, value in (*module.named_parameters(), *module.named_buffers())
+        }
+
+    monkeypatch.setattr(module, "set_up", watched)
+    run(config)
+    after = named(seen["parts"])
+    fresh = {name for name in after if ".lora_" in name}
+    assert after.keys() - fresh == seen["before"].keys()
+    moved = {name for name, value in seen["before"].items() if not torch.equal(value, after[name])}
+    # A of a fresh LoRA is noise and B is 0: B moved where it is not 0
+    moved |= {name for name in fresh if ".lora_A." in name or after[name].abs().max() > 0}
+    return moved, set(after)
+
+
+def test_stage_one_changes_the_adapter_alone_and_stage_two_the_lora_too(probe_config, tune_config, monkeypatch):
+    moved, everything = moved_by(run_probe, probe_module, probe_config(), monkeypatch)
+    adapter = {name for name in everything if name.startswith("adapter.")}
+    assert len(adapter) > 40 and moved == adapter
+    assert {name.split(".")[0] for name in everything} == {"adapter", "denoiser", "vae", "text"}
+
+    config = tune_config(adapter=str(probe_config().output_dir), ema_decay=0.5, sample_every=2, sample_steps=1)
+    moved, everything = moved_by(run_tune, tune_module, config, monkeypatch)
+    lora = {name for name in everything if ".lora_" in name}
+    projections = {
+        name.removesuffix(".weight")
+        for name in everything
+        if name.startswith("denoiser.") and re.search(r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)\.weight$", name)
+    }
+    assert lora == {f"{name}.lora_{side}.dpt.weight" for name in projections for side in "AB"}
+    assert moved == adapter | lora
+    own, average = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in averaged(config.output_dir))
+    up = [name for name in own if ".up." in name]
+    assert up and all(0 < (average[name].norm() / own[name].norm()) < 1 for name in up), "B grows from 0"
+    (sample,) = [row for row in read_metrics(config.output_dir / "metrics.jsonl") if row["split"] == "samples"]
+    assert sample["step"] == 2 and sample["lora_norm"] > 0
+    assert (config.output_dir / "samples" / "step-000002.png").is_file()
+
+
+def averaged(run):
+    return run, run / "ema"
 
 
 def test_stage_two_restores_logit_scale(probe_config, tune_config):
@@ -118,9 +185,29 @@ def test_nan_stops_the_run_and_names_step_and_records(probe_config, monkeypatch)
 
     real = objective.itm_loss
     monkeypatch.setattr(objective, "itm_loss", poisoned)
-    with pytest.raises(InputError, match=r"not finite at step 3, records \[\[\d+, \d+\]\]"):
+    with pytest.raises(InputError, match=r"step 3: the loss is not finite, records \[\d+, \d+\]: .*'loss_i2t': nan"):
         run_probe(config)
     assert (config.output_dir / "checkpoint-2" / "state.json").is_file(), "the last checkpoint is kept"
+    batch = load_file(config.output_dir / "nan" / "step-3-rank-0.safetensors")
+    assert batch["0.latents"].shape == (6, 4, 8, 8) and batch["0.noise"].shape == (2, 4, 8, 8)
+    assert {"0.text.tokens", "0.caption", "0.targets.boxes.0", "0.timesteps"} <= batch.keys()
+
+
+def test_weights_that_are_not_finite_are_seen_too(probe_config, monkeypatch):
+    config = probe_config(max_train_steps=2, on_nan="skip")
+
+    def broken(config):
+        setup = set_up(config)
+        setup.adapter.logit_scale.data.fill_(float("nan"))
+        next(setup.adapter.parameters()).data.fill_(float("nan"))
+        setup.validation.records = setup.validation.records[:0]
+        monkeypatch.setattr(type(setup.validation), "__call__", lambda self: {})
+        return setup
+
+    monkeypatch.setattr(probe_module, "set_up", broken)
+    run_probe(config)
+    (row,) = [row for row in read_metrics(config.output_dir / "metrics.jsonl") if row["split"] == "train"]
+    assert row["skipped"] == 2, "matching boxes to NaN is no crash"
 
 
 def test_wrong_tap_for_an_adapter_is_named(probe_config, tune_config):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from dpt_t2i.adapter.io import load_adapter, read_adapter_card
 from dpt_t2i.backbones.fingerprint import lora_hash
@@ -119,6 +120,13 @@ def test_crop_and_flip_reach_the_examples(probe_config):
     asked = set_up(probe_config(center_crop=False, random_flip=True)).examples
     assert (plain.center_crop, plain.random_flip) == (True, False)
     assert (asked.center_crop, asked.random_flip) == (False, True)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_weights_in_parts_are_refused(probe_config, monkeypatch, kind):
+    monkeypatch.setattr(setup, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
+    with pytest.raises(InputError, match=f"{kind.value} cuts the weights into parts, .* --multi_gpu"):
+        setup.make_accelerator(probe_config())
 
 
 def test_a_runs_name_is_its_folder(probe_config):

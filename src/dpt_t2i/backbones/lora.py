@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -99,6 +100,17 @@ def lora_disabled(backbone: Backbone) -> Iterator[None]:
             layer.enable_adapters(True)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
+
+
+@torch.no_grad()
+def lora_change(backbone: Backbone) -> float:
+    """Norm of what the LoRA adds to the weights it sits on, over the norm of these weights: 0 = it does nothing."""
+    added = own = 0.0
+    for module in backbone.denoiser.modules():
+        if isinstance(module, BaseTunerLayer) and ADAPTER_NAME in module.lora_A:  # type: ignore[operator]
+            added += float(module.get_delta_weight(ADAPTER_NAME).float().square().sum())  # type: ignore[operator]
+            own += float(module.get_base_layer().weight.float().square().sum())
+    return math.sqrt(added / own) if own else 0.0
 
 
 def save_lora(backbone: Backbone, folder: Path, metadata: Mapping[str, Any]) -> Path:

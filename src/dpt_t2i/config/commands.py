@@ -18,6 +18,7 @@ from dpt_t2i.config.sections import (
     ModelConfig,
     Positive,
     SampleConfig,
+    SamplesConfig,
     SearchConfig,
     Section,
     TrainConfig,
@@ -61,6 +62,7 @@ class TuneConfig(_RunConfig):
     loss: ItmRecConfig = ItmRecConfig()
     denoise: DenoiseConfig = DenoiseConfig()
     train: TuneTrainConfig = TuneTrainConfig()
+    samples: SamplesConfig = SamplesConfig()
     objective: Literal["dpt", "denoise_only"] = Field(
         "dpt", description="`denoise_only` = the control arm: LoRA on the denoising loss alone"
     )

@@ -161,6 +161,10 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="clip the total gradient norm")
     min_timestep: int = Field(0, ge=0, description="lowest timestep drawn")
     max_timestep: int = Field(999, ge=0, description="highest timestep drawn")
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="at a loss or gradient that is not finite: end the run, or leave the step out and count it"
+    )
+    use_8bit_adam: bool = Field(False, description="AdamW with 8-bit moments; needs the extra `8bit` (bitsandbytes)")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
         None, description="autocast of the denoiser and adapter; default: what `accelerate launch` says, else `no`"
     )
@@ -170,7 +174,11 @@ class TrainConfig(Section):
     )
     vae_batch_size: Positive = Field(8, description="images in one pass of the VAE: memory only")
     checkpointing_steps: Positive = Field(500, description="steps between checkpoints")
-    checkpoints_total_limit: Positive = Field(2, description="checkpoints kept")
+    checkpoints_total_limit: Positive = Field(2, description="newest checkpoints kept; the best one stays beside them")
+    best_metric: str | None = Field(
+        None,
+        description="held-out figure of the best checkpoint (of a loss the lowest); default: itm_text, else loss_mse",
+    )
     resume_from_checkpoint: str | None = Field(None, description="`latest`, or a checkpoint folder")
     validation_steps: Positive = Field(500, description="steps between validations")
     val_batch_size: Positive = Field(16, description="examples of a validation at once: memory only")
@@ -182,6 +190,22 @@ class TuneTrainConfig(TrainConfig):
     train_batch_size: Positive = Field(8, description="examples a device and micro-batch")
     gradient_accumulation_steps: Positive = Field(8, description="micro-batches an optimiser step")
     lr_scheduler: Schedule = Field("cosine", description="rate over steps")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="also keep a running average of the LoRA, such as 0.999, in `ema/`; default: none"
+    )
+
+
+class SamplesConfig(Section):
+    """Fixed-seed samples during stage 2: base, tuned, tuned with correction, side by side."""
+
+    sample_every: int = Field(500, ge=0, description="optimiser steps between samples; 0 = none")
+    sample_prompts: tuple[str, ...] = Field(
+        (), description="prompt of a sample; may be given several times; default: captions of held-out examples"
+    )
+    sample_count: Positive = Field(4, description="held-out captions that are sampled where no prompt is given")
+    sample_steps: Positive = Field(20, description="sampling steps of a sample")
+    sample_guidance: float = Field(5.0, ge=0, description="classifier-free guidance of a sample")
+    sample_correct: float = Field(0.05, ge=0, description="strength of its correction, relative to the latent")
 
 
 class SampleConfig(Section):

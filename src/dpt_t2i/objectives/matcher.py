@@ -9,12 +9,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dpt_t2i.boxes import cxcywh_to_xyxy, giou_xyxy_elementwise
-from dpt_t2i.errors import InputError
 from dpt_t2i.objectives.types import GroundingTargets
 
 COST_CLASS = 1.0
 COST_L1 = 5.0
 COST_GIOU = 2.0
+BROKEN = -1e9  # cost of a pair that is NaN or infinite: it is matched first, so that the losses are not finite either
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,19 @@ def match_queries(logits: Tensor, boxes: Tensor, targets: GroundingTargets) -> M
     """Assign to every target box its own query of the same example, at the least total cost.
 
     Cost of a pair: -(share of p(token) on the box's tokens) + 5 L1 - 2 GIoU. Where an example has more boxes than
-    queries, the cheapest Q pairs are made.
+    queries, the cheapest Q pairs are made. A cost that is NaN or infinite is no error here: its pair is matched, so
+    that the loss tells, which all processes see in the same step.
 
     Args:
         logits: `[B, Q, K + 1]`.
         boxes: `[B, Q, 4]` cxcywh in [0, 1].
         targets: of the B examples, on the device of the predictions.
-
-    Raises:
-        InputError: a cost is NaN or infinite; names the example.
     """
     counts = [len(rows) for rows in targets.boxes]
     example_of_target = torch.arange(len(targets)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
     # One transfer of the whole batch; the assignments themselves are a CPU affair.
     cost = pairwise_cost(logits, boxes, targets, example_of_target.to(logits.device)).cpu()  # [N, Q]
-    broken = cost.isfinite().all(dim=1).logical_not()
-    if broken.any():
-        example = int(example_of_target[broken][0])
-        raise InputError(
-            f"matching cost of example {example} is NaN or infinite; check its boxes and the learning rate"
-        )
+    cost = cost.nan_to_num(nan=BROKEN, posinf=BROKEN, neginf=BROKEN)
     queries, chosen = [], []
     offset = 0
     for block in cost.split(counts):

@@ -30,10 +30,10 @@ def rec_losses(
         temperature: of the alignment's softmaxes.
 
     Returns:
-        `loss_ce`, `loss_bbox`, `loss_giou`, `loss_align`, each `[]` and differentiable even when there is no box.
+        `loss_ce`, `loss_bbox`, `loss_giou`, `loss_align`, each `[]` and differentiable even when there is no box; not
+        finite where the predictions or boxes are not.
 
     Raises:
-        InputError: predictions or boxes are NaN or infinite.
         ValueError: the adapter was called without text states.
     """
     if output.token_align is None:

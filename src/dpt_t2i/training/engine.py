@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+import signal
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from dpt_t2i.config import DataConfig, TrainConfig
-from dpt_t2i.data.examples import Batch, Examples, MicroBatches, collate
-from dpt_t2i.errors import InputError
+from dpt_t2i.config import TrainConfig
+from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.training.checkpoint import drop_later, find_checkpoint, read_optimizer, write_checkpoint
-from dpt_t2i.training.encode import Encoded, Encoder
-from dpt_t2i.training.objective import Draw, weigh
+from dpt_t2i.training.faults import describe, save_batch
+from dpt_t2i.training.objective import weigh
+from dpt_t2i.training.optimizer import make_optimizer
+from dpt_t2i.training.progress import Progress
+from dpt_t2i.training.signals import Signals
 from dpt_t2i.training.trackers import Metrics
+from dpt_t2i.training.windows import Feed, Window, mix, windows
 
 LOG_EVERY = 10
+MAX_SKIPPED = 20  # steps in a row without a finite loss: then nothing is being learned
 
 
 @dataclass(frozen=True)
@@ -38,106 +41,164 @@ class Job:
 
     objective: nn.Module  # forward(Encoded, Draw, num_boxes) -> loss terms
     weights: Mapping[str, float]
-    encoder: Encoder
-    examples: Examples
-    train: TrainConfig
-    data: DataConfig
-    caption_dropout: float
-    seed: int
+    feed: Feed
     output_dir: Path
     save_artifacts: Callable[[Path], None]
     load_artifacts: Callable[[Path], None]  # put a checkpoint's weights back in place
     validate: Callable[[], dict[str, float]]
-    refresh: Callable[[int, Batch], Batch] | None = None  # may replace examples of a batch (on-policy negatives)
-    after_step: Callable[[], None] | None = None  # keeps parameters inside their bounds
+    after_step: Callable[[], None] | None = None  # keeps parameters inside their bounds, and their averages
+    sample: Callable[[int], dict[str, float]] | None = None  # draws and keeps samples; on the main process only
+    sample_every: int = 0  # optimiser steps; 0 = never
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one optimiser step, the same on every process."""
+
+    terms: dict[str, float]  # means over the window and the processes
+    norm: float  # of the gradient before clipping
+    fault: str | None  # what was not finite, where no step was taken
+    signal: int  # that one of the processes got; 0 = none
 
 
 def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
     """Run until `max_train_steps` and return the last validation's figures.
 
     Raises:
-        InputError: a loss is not finite: names the step and the records, and leaves checkpoints as they are.
+        InputError: a loss is not finite and `on_nan` is `stop`, or a checkpoint cannot be written; names the step and
+            leaves checkpoints as they are.
+        Stopped: SIGTERM or SIGINT came; the step's checkpoint is written.
     """
-    settings = job.train
-    checkpoint = find_checkpoint(job.output_dir, settings.resume_from_checkpoint)
-    if checkpoint is not None:
-        job.load_artifacts(checkpoint)  # may put new parameters in place, so it comes before the optimiser
-    parameters = {name: p for name, p in job.objective.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=settings.learning_rate, weight_decay=settings.adam_weight_decay
-    )
-    first, identity = 0, _identity(job, accelerator)
-    saved: dict[str, Any] = {}
-    if checkpoint is not None:
-        saved = read_optimizer(checkpoint, parameters, optimizer)
-        first = int(saved["step"])
-        _check_identity(checkpoint, saved, identity)
-        if accelerator.is_main_process:
-            drop_later(job.output_dir, first)
-    factor = _rate_factor(settings)
-    model, wrapped = accelerator.prepare(job.objective, optimizer)
-    if accelerator.scaler is not None and saved.get("scaler"):
-        accelerator.scaler.load_state_dict(saved["scaler"])
-    metrics = Metrics(job.output_dir, accelerator, first)
-    windows = _windows(job, accelerator, first)
-    figures: dict[str, float] = {}
-    if first == 0:
-        figures = job.validate()
-        metrics.write(0, "val", figures)
-    bar = tqdm(
-        total=settings.max_train_steps, initial=first, desc="train", disable=not accelerator.is_local_main_process
-    )
-    clock, since = time.perf_counter(), first
-    with bar as progress:  # closed by an error too, whose line then stands by itself
-        for step, window in enumerate(windows, start=first):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * factor(step)
-            torch.manual_seed(_mix(job.seed, step, accelerator.process_index))  # dropout
-            model.train()
-            terms, norm = _step(job, accelerator, model, wrapped, window, step)
-            done = step + 1
-            if done % LOG_EVERY == 0 or done == settings.max_train_steps:
-                seen = (done - since) * settings.train_batch_size * len(window) * accelerator.num_processes
-                speed = seen / (time.perf_counter() - clock)
-                row = terms | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, "images_per_s": speed}
-                metrics.write(done, "train", row)
-                progress.set_postfix(loss=f"{terms['loss']:.3f}", images_per_s=f"{speed:.1f}")
-                clock, since = time.perf_counter(), done
-            progress.update(1)
-            last = done == settings.max_train_steps
-            if last or done % settings.validation_steps == 0:
-                figures = job.validate()
-                metrics.write(done, "val", figures)
-                clock, since = time.perf_counter(), done
-            if (last or done % settings.checkpointing_steps == 0) and accelerator.is_main_process:
-                _save(job, accelerator, done, parameters, optimizer, identity)
-    return figures
+    run = _Run(job, accelerator)
+    with Signals() as signals, run.progress.bar:  # closed by an error too, whose line then stands by itself
+        run.look()
+        for step, window in enumerate(windows(job.feed, accelerator, run.step), start=run.step):
+            run.take(step, window, signals)
+    return run.metrics.held_out.get(run.step, {})
 
 
-def _save(
-    job: Job,
-    accelerator: Accelerator,
-    step: int,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    identity: Mapping[str, Any],
-) -> None:
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    extra, keep = {**identity, "scaler": scaler}, job.train.checkpoints_total_limit
-    write_checkpoint(job.output_dir, step, parameters, optimizer, job.save_artifacts, extra, keep)
+class _Run:
+    """A run between two steps: what a checkpoint holds and `train` goes on with."""
+
+    def __init__(self, job: Job, accelerator: Accelerator) -> None:
+        self.job, self.accelerator, self.settings = job, accelerator, job.feed.train
+        checkpoint = find_checkpoint(job.output_dir, self.settings.resume_from_checkpoint)
+        if checkpoint is not None:
+            job.load_artifacts(checkpoint)  # may put new parameters in place, so it comes before the optimiser
+        self.parameters = {name: p for name, p in job.objective.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.parameters.values(), self.settings)
+        self.identity = _identity(job, accelerator)
+        self.step, self.skipped, self.in_a_row = 0, 0, 0
+        saved: dict[str, Any] = {}
+        if checkpoint is not None:
+            saved = read_optimizer(checkpoint, self.parameters, self.optimizer)
+            _check_identity(checkpoint, saved, self.identity)
+            self.step, self.skipped = int(saved["step"]), int(saved.get("skipped", 0))
+            if accelerator.is_main_process:
+                drop_later(job.output_dir, self.step)
+        self.factor = _rate_factor(self.settings)
+        self.model, self.wrapped = accelerator.prepare(job.objective, self.optimizer)
+        if accelerator.scaler is not None and saved.get("scaler"):
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        self.metrics = Metrics(job.output_dir, accelerator, self.step)
+        self.progress = Progress(
+            self.settings.max_train_steps,
+            self.step,
+            self.identity["examples_a_step"],
+            accelerator.is_local_main_process,
+        )
+
+    def take(self, step: int, window: Window, signals: Signals) -> None:
+        """One optimiser step and all that is due after it."""
+        rate = self.settings.learning_rate * self.factor(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(mix(self.job.feed.seed, step, self.accelerator.process_index))  # dropout
+        self.model.train()
+        outcome = _step(self.job, self.accelerator, self.model, self.wrapped, window, step, signals)
+        self.step = step + 1
+        self._count(outcome)
+        if self.step % LOG_EVERY == 0 or self.step == self.settings.max_train_steps:
+            row = outcome.terms | {"lr": rate, "grad_norm": outcome.norm}
+            row |= {"images_per_s": self.progress.images_per_s(self.step)}
+            row |= {"skipped": self.skipped} if self.settings.on_nan == "skip" else {}
+            self.metrics.write(self.step, "train", row)
+            self.progress.show(self.step, row)
+        self.progress.bar.update(1)
+        if outcome.signal:
+            self.save()
+            name, steps = signal.Signals(outcome.signal).name, f"step {self.step} of {self.settings.max_train_steps}"
+            raise Stopped(
+                outcome.signal,
+                f"{name}: stopped at {steps}; go on with --resume_from_checkpoint latest in {self.job.output_dir}",
+            )
+        is_better = self.look()
+        if is_better or self._due(self.settings.checkpointing_steps):
+            self.save()
+
+    def look(self) -> bool:
+        """Validation and samples where they are due and not yet in the metrics; whether this is the best so far.
+
+        A run that was stopped by a signal right after a step does them when it goes on.
+        """
+        job, metrics, better = self.job, self.metrics, False
+        if (self.step == 0 or self._due(self.settings.validation_steps)) and self.step not in metrics.held_out:
+            metrics.write(self.step, "val", job.validate())
+            better = metrics.best(self.settings.best_metric) == self.step
+            self.progress.restart(self.step)
+        if job.sample is not None and job.sample_every and self.step and self.step % job.sample_every == 0:
+            if self.accelerator.is_main_process and self.step not in metrics.sampled:
+                metrics.write(self.step, "samples", job.sample(self.step))
+                self.progress.restart(self.step)
+        return better
+
+    def save(self) -> None:
+        """The checkpoint of this step; of the earlier ones the newest stay, and the best by validation."""
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        extra = {**self.identity, "scaler": scaler, "skipped": self.skipped}
+        best = self.metrics.best(self.settings.best_metric)
+        write_checkpoint(
+            self.job.output_dir,
+            self.step,
+            self.parameters,
+            self.optimizer,
+            self.job.save_artifacts,
+            extra,
+            self.settings.checkpoints_total_limit,
+            spared=() if best is None else (best,),
+        )
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.settings.max_train_steps
+
+    def _count(self, outcome: Outcome) -> None:
+        """Steps without a finite loss: the end, or a count."""
+        self.in_a_row = self.in_a_row + 1 if outcome.fault else 0
+        if outcome.fault is None:
+            return
+        self.skipped += 1
+        if self.settings.on_nan == "stop" or self.in_a_row == MAX_SKIPPED:
+            many = f" ({MAX_SKIPPED} in a row)" if self.in_a_row == MAX_SKIPPED else ""
+            raise InputError(
+                f"step {self.step}{many}: {outcome.fault}; lower learning_rate or mend the data; the last checkpoint "
+                f"in {self.job.output_dir} is intact"
+            )
 
 
 def _identity(job: Job, accelerator: Accelerator) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that goes on from it: else other examples are seen."""
+    feed = job.feed
     return {
-        "examples_a_step": job.train.train_batch_size
-        * job.train.gradient_accumulation_steps
+        "examples_a_step": feed.train.train_batch_size
+        * feed.train.gradient_accumulation_steps
         * accelerator.num_processes,
-        "seed": job.seed,
-        "data_seed": job.data.data_seed,
-        "records": len(job.examples.records),
-        "center_crop": job.examples.center_crop,
-        "random_flip": job.examples.random_flip,
+        "seed": feed.seed,
+        "data_seed": feed.data.data_seed,
+        "records": len(feed.examples.records),
+        "center_crop": feed.examples.center_crop,
+        "random_flip": feed.examples.random_flip,
     }
 
 
@@ -154,85 +215,62 @@ def _step(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    window: list[tuple[Encoded, Draw]],
+    window: Window,
     step: int,
-) -> tuple[dict[str, float], float]:
-    """One optimiser step over a window of micro-batches; mean loss terms over it, and the gradient's norm."""
+    signals: Signals | None = None,
+) -> Outcome:
+    """One optimiser step over a window of micro-batches; none where a loss or the gradient is not finite.
+
+    Nothing is decided before gradients and figures are those of all processes, so that all decide alike.
+    """
     boxes = torch.tensor(float(sum(batch.targets.num_boxes() for batch, _ in window)), device=accelerator.device)
     # Each micro-batch is later averaged over the window and over the processes, so its share of the boxes is the mean.
     all_boxes = max(1.0, float(accelerator.reduce(boxes, reduction="sum")))
     num_boxes = all_boxes / accelerator.num_processes / len(window)
-    where = f"step {step + 1}, records {[list(batch.records) for batch, _ in window]}"
     optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
+    found: list[dict[str, Tensor]] = []
     for index, (batch, draw) in enumerate(window):
-        last = index == len(window) - 1
-        with _maybe_no_sync(accelerator, model, not last):
-            try:
-                terms = model(batch, draw, num_boxes)
-            except InputError as error:
-                raise InputError(f"{where}: {error}; the last checkpoint in {job.output_dir} is intact") from error
-            total = weigh(terms, job.weights).total / len(window)
-            if not torch.isfinite(total):
-                named = {name: value.item() for name, value in terms.items()}
-                raise InputError(
-                    f"the loss is not finite at {where}: {named}; lower learning_rate or mend the data; "
-                    f"the last checkpoint in {job.output_dir} is intact"
-                )
-            accelerator.backward(total)
-        for name, value in {**terms, "loss": total * len(window)}.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / len(window)
-    norm = accelerator.clip_grad_norm_(model.parameters(), job.train.max_grad_norm)
-    if accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
-        raise InputError(f"the gradient is not finite at {where}; the last checkpoint in {job.output_dir} is intact")
-    optimizer.step()
-    if job.after_step is not None:
-        job.after_step()
-    names = sorted(sums)
-    means = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="mean").tolist()
-    return dict(zip(names, means, strict=True)), float(norm) if norm is not None else 0.0
+        with _maybe_no_sync(accelerator, model, index < len(window) - 1):
+            terms = model(batch, draw, num_boxes)
+            total = weigh(terms, job.weights).total
+            accelerator.backward(total / len(window))
+        found.append({name: value.detach() for name, value in {**terms, "loss": total}.items()})
+    clipped = accelerator.clip_grad_norm_(model.parameters(), job.feed.train.max_grad_norm)
+    norm = float(clipped) if clipped is not None else 0.0
+    names = sorted(found[0])
+    figures = [torch.stack([terms[name] for terms in found]).mean() for name in names]
+    received = signals.received if signals is not None else 0
+    figures.append(torch.tensor(float(received), device=accelerator.device))
+    *means, asked = accelerator.reduce(torch.stack([value.float() for value in figures]), reduction="mean").tolist()
+    fault = None
+    scaled = accelerator.scaler is not None  # then a gradient out of range is the scaler's affair: it skips the step
+    if not all(map(math.isfinite, means)) or not (scaled or math.isfinite(norm)):
+        fault = _fault(job, accelerator, window, found, norm, step)
+    if fault is None or scaled:
+        optimizer.step()
+        if job.after_step is not None:
+            job.after_step()
+    stop = (received or int(signal.SIGTERM)) if asked else 0  # another process may have been asked
+    return Outcome(dict(zip(names, means, strict=True)), norm, fault, stop)
 
 
-def _windows(job: Job, accelerator: Accelerator, first: int) -> Iterator[list[tuple[Encoded, Draw]]]:
-    """The encoded micro-batches of each optimiser step from `first` on."""
-    settings, world, rank = job.train, accelerator.num_processes, accelerator.process_index
-    accumulation = settings.gradient_accumulation_steps
-    order = MicroBatches(settings.train_batch_size, accumulation, rank, world, first, settings.max_train_steps)
-    loader = DataLoader(
-        job.examples, batch_sampler=order, collate_fn=collate, num_workers=job.data.dataloader_num_workers
-    )
-    stream = iter(loader)
-    for step in range(first, settings.max_train_steps):
-        window: list[tuple[Encoded, Draw]] = []
-        draws: list[Draw] = []
-        for micro in range(accumulation):
-            batch = _next(stream)
-            encoded = job.encoder(batch if job.refresh is None else job.refresh(step, batch))
-            draws = draws or _draws(job, step, accumulation * world, len(encoded), encoded.latents)
-            window.append((encoded, draws[micro * world + rank]))
-        yield window
-
-
-def _next(stream: Iterator[Batch]) -> Batch:
-    """The next batch; bad input met in a loader process comes back inside that process's traceback."""
-    try:
-        return next(stream)
-    except InputError as error:
-        raise InputError(str(error).rpartition("InputError: ")[2]) from error
-
-
-def _draws(job: Job, step: int, parts: int, count: int, like: Tensor) -> list[Draw]:
-    """Noise, timesteps and dropped captions of a whole optimiser step, in the order of its examples, cut into parts.
-
-    So 1 process x batch 8, 2 x 4 and 1 x 4 with accumulation 2 all see the same.
-    """
-    total, device = parts * count, like.device
-    generator = torch.Generator().manual_seed(_mix(job.seed, step, 0) ^ 0x5EED)
-    noise = torch.randn(total, *like.shape[1:], generator=generator).to(device)
-    timesteps = torch.randint(job.train.min_timestep, job.train.max_timestep + 1, (total,), generator=generator)
-    drop = torch.rand(total, generator=generator) < job.caption_dropout
-    split = zip(noise.split(count), timesteps.to(device).split(count), drop.to(device).split(count), strict=True)
-    return [Draw(*part) for part in split]
+def _fault(
+    job: Job,
+    accelerator: Accelerator,
+    window: Window,
+    found: list[dict[str, Tensor]],
+    norm: float,
+    step: int,
+) -> str:
+    """What is not finite, in the words of the first process that saw it; each of these keeps its batch."""
+    terms = [{name: float(value) for name, value in row.items()} for row in found]
+    mine = describe(terms, norm, [batch.records for batch, _ in window])
+    own = [mine] if not all(math.isfinite(value) for row in terms for value in row.values()) else []
+    everyone = gather_object(own) or gather_object([mine])
+    said = everyone[0]
+    if mine in everyone:
+        return f"{said}; {save_batch(job.output_dir, step + 1, accelerator.process_index, window, mine)}"
+    return f"{said}; its batch is in {job.output_dir / 'nan'}"
 
 
 def _rate_factor(settings: TrainConfig) -> Callable[[int], float]:
@@ -249,8 +287,3 @@ def _rate_factor(settings: TrainConfig) -> Callable[[int], float]:
 def _maybe_no_sync(accelerator: Accelerator, model: nn.Module, skip: bool):  # type: ignore[no-untyped-def]
     """Gradients are exchanged once a step, with its last micro-batch."""
     return accelerator.no_sync(model) if skip else contextlib.nullcontext()
-
-
-def _mix(seed: int, step: int, rank: int) -> int:
-    """One number from three, without collisions in any run of less than 2^31 steps."""
-    return ((seed * 1_000_003 + rank) * 2**31 + step) % 2**63

@@ -17,6 +17,8 @@ from dpt_t2i.training.engine import Job, train
 from dpt_t2i.training.objective import ProbeObjective, weights_of
 from dpt_t2i.training.on_policy import OnPolicy
 from dpt_t2i.training.setup import Setup, set_up, store_adapter
+from dpt_t2i.training.trackers import METRICS, best_step, read_metrics
+from dpt_t2i.training.windows import Feed
 
 
 def run_probe(config: ProbeConfig) -> dict[str, Any]:
@@ -24,6 +26,7 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
 
     Raises:
         InputError: bad input, or a loss that is not finite.
+        Stopped: a signal ended the run; its checkpoint is written.
     """
     setup = set_up(config)
     if config.model.lora not in (None, "none"):
@@ -33,29 +36,35 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     def save(folder: Path) -> None:
         store_adapter(setup, folder / "adapter", stage="probe", config=config.model_dump(mode="json"))
 
+    pool = OnPolicy.of(config.loss, setup.backbone, setup.examples, config.seed)
+
+    def save_all(folder: Path) -> None:
+        save(folder)
+        if pool is not None:
+            pool.save(folder)
+
+    def load_all(folder: Path) -> None:
+        restore_adapter(setup, folder)
+        if pool is not None:
+            pool.load(folder)
+
     figures = train(
         Job(
             objective=ProbeObjective(setup.backbone, setup.adapter, setup.taps, config.loss),
             weights=weights_of(config.loss),
-            encoder=setup.encoder,
-            examples=setup.examples,
-            train=config.train,
-            data=config.data,
-            caption_dropout=0.0,
-            seed=config.seed,
+            feed=Feed(setup.encoder, setup.examples, config.train, config.data, 0.0, config.seed, pool),
             output_dir=config.folder,
-            save_artifacts=save,
-            load_artifacts=lambda folder: restore_adapter(setup, folder),
+            save_artifacts=save_all,
+            load_artifacts=load_all,
             validate=setup.validation,
             after_step=setup.adapter.clamp_logit_scale,
-            refresh=OnPolicy.of(config.loss, setup.backbone, setup.examples, config.seed),
         ),
         setup.accelerator,
     )
     if setup.accelerator.is_main_process:
         save(config.folder)
     finish(setup)
-    return result(config.folder, figures)
+    return result(config.folder, figures, config.train.best_metric)
 
 
 def restore_adapter(setup: Setup, checkpoint: Path) -> None:
@@ -70,7 +79,11 @@ def finish(setup: Setup) -> None:
     setup.accelerator.end_training()
 
 
-def result(folder: Path, figures: dict[str, float]) -> dict[str, Any]:
+def result(folder: Path, figures: dict[str, float], best_metric: str | None) -> dict[str, Any]:
     """What the command prints."""
-    lines = [f"{name:10s} {value:.3f}" for name, value in figures.items()]
-    return {"output_dir": str(folder), "validation": figures, "summary": ["held-out, t = 500:", *lines]}
+    lines = ["held-out, t = 500:", *(f"{name:10s} {value:.3f}" for name, value in figures.items())]
+    rows = read_metrics(folder / METRICS)
+    best = best_step({row["step"]: row for row in rows if row["split"] == "val"}, best_metric)
+    if best is not None:
+        lines.append(f"best checkpoint: checkpoint-{best}")
+    return {"output_dir": str(folder), "validation": figures, "best_step": best, "summary": lines}

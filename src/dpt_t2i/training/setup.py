@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from dpt_t2i.adapter.grounding_text import load_grounding_text
 from dpt_t2i.adapter.io import save_adapter
@@ -31,6 +31,14 @@ from dpt_t2i.training.start import restore_start
 from dpt_t2i.training.trackers import start_trackers, usable_tracker
 from dpt_t2i.training.validation import Validation
 
+# Every process holds all weights (DDP), as saving and validating need it.
+WHOLE_WEIGHTS = (
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+)
 StageConfig = TypeVar("StageConfig", ProbeConfig, TuneConfig)
 
 log = logging.getLogger(__name__)
@@ -108,7 +116,8 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
     """Accelerate's own choice of device and processes, or the single device that `device` names.
 
     Raises:
-        InputError: the device is not here, or accelerate refuses mixed_precision or report_to.
+        InputError: the device is not here, accelerate refuses mixed_precision or report_to, or the launcher asks for
+            weights in parts (FSDP, DeepSpeed).
     """
     train = config.train
     place = resolve_device(config.model.device)
@@ -125,6 +134,11 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
     except (ValueError, ImportError) as error:
         asked = train.mixed_precision or "of the launcher"
         raise InputError(f"mixed_precision {asked}, report_to {train.report_to}: {error}") from error
+    if accelerator.distributed_type not in (DistributedType.NO, *WHOLE_WEIGHTS):
+        raise InputError(
+            f"{accelerator.distributed_type.value} cuts the weights into parts, which checkpoints and validation "
+            "cannot read yet; launch with --multi_gpu"
+        )
     if tracker is not None:
         start_trackers(accelerator, config.run_name)
     return accelerator

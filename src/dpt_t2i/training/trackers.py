@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import broadcast_object_list
 
 from dpt_t2i.errors import InputError
 
@@ -50,21 +51,57 @@ def start_trackers(accelerator: Accelerator, run_name: str) -> None:
 
 
 class Metrics:
-    """Appends rows `step split ...` on the main process; a resumed run drops rows past the step it goes on from."""
+    """Appends rows `step split ...` on the main process; a resumed run drops rows past the step it goes on from.
+
+    `held_out`: the figures of each validated step; `sampled`: the steps with samples. All processes know both.
+    """
 
     def __init__(self, folder: Path, accelerator: Accelerator, first_step: int) -> None:
         self.path, self.accelerator = folder / METRICS, accelerator
+        kept: list[list[dict[str, Any]]] = [[]]
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in read_metrics(self.path) if row["step"] <= first_step] if first_step else []
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            kept = [[row for row in read_metrics(self.path) if row["step"] <= first_step] if first_step else []]
+            whole = self.path.with_suffix(".partial")
+            whole.write_text("".join(json.dumps(row) + "\n" for row in kept[0]), encoding="utf-8")
+            whole.replace(self.path)  # a kill loses no row
+        broadcast_object_list(kept)
+        self.held_out = {row["step"]: _figures(row) for row in kept[0] if row["split"] == "val"}
+        self.sampled = {row["step"] for row in kept[0] if row["split"] == "samples"}
 
     def write(self, step: int, split: str, figures: Mapping[str, float]) -> None:
         row = {"step": step, "split": split} | {key: _short(value) for key, value in figures.items()}
+        if split == "val":
+            self.held_out[step] = _figures(row)
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self.accelerator.log({f"{split}/{key}": value for key, value in figures.items()}, step=step)
+
+    def best(self, metric: str | None) -> int | None:
+        """The trained step whose held-out `metric` is best, the first of equals; None without one.
+
+        Args:
+            metric: of a loss the lowest is best, of all else the highest; None = `itm_text`, else `loss_mse`.
+
+        Raises:
+            InputError: validation gives no such figure.
+        """
+        return best_step(self.held_out, metric)
+
+
+def best_step(held_out: Mapping[int, Mapping[str, float]], metric: str | None) -> int | None:
+    """`Metrics.best` of figures by step."""
+    known = {name for figures in held_out.values() for name in figures}
+    if metric is None:
+        metric = next((name for name in ("itm_text", "loss_mse") if name in known), None)
+    elif held_out and metric not in known:
+        raise InputError(
+            f"best_metric `{metric}` is no held-out figure of this run; there are {', '.join(sorted(known))}"
+        )
+    sign = -1.0 if metric is not None and metric.startswith("loss") else 1.0
+    merits = {step: sign * row[metric] for step, row in held_out.items() if step > 0 and metric in row}
+    return max(merits, key=lambda step: (merits[step], -step)) if merits else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -78,6 +115,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key not in ("step", "split")}
 
 
 def _short(value: float) -> float:

@@ -15,11 +15,15 @@ from torch import nn
 from dpt_t2i.backbones.lora import add_lora, load_lora, save_lora
 from dpt_t2i.config import TuneConfig
 from dpt_t2i.errors import InputError
+from dpt_t2i.training import ema
+from dpt_t2i.training.ema import LoraAverage
 from dpt_t2i.training.engine import Job, train
 from dpt_t2i.training.objective import DenoiseObjective, TuneObjective, weights_of
 from dpt_t2i.training.on_policy import OnPolicy
 from dpt_t2i.training.probe import finish, restore_adapter, result
+from dpt_t2i.training.samples import Samples
 from dpt_t2i.training.setup import Setup, set_up, store_adapter
+from dpt_t2i.training.windows import Feed
 
 
 def run_tune(config: TuneConfig) -> dict[str, Any]:
@@ -27,6 +31,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
 
     Raises:
         InputError: bad input, no adapter to start from, or a loss that is not finite.
+        Stopped: a signal ended the run; its checkpoint is written.
     """
     discriminative = config.objective == "dpt"
     if discriminative and config.model.adapter in (None, "none"):
@@ -39,44 +44,69 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     else:
         objective = DenoiseObjective(setup.backbone, config.denoise)
 
+    average = LoraAverage(setup.backbone, config.train.ema_decay) if config.train.ema_decay else None
+    pool = OnPolicy.of(config.loss, setup.backbone, setup.examples, config.seed) if discriminative else None
+
     def save(folder: Path) -> None:
         settings = config.model_dump(mode="json")
         save_lora(setup.backbone, folder, settings)
+        if average is not None:
+            with average.in_place():
+                save_lora(setup.backbone, folder / ema.FOLDER, settings)
         if discriminative:
             store_adapter(setup, folder / "adapter", stage="tune", config=settings)
 
-    def load(folder: Path) -> None:
+    def save_all(folder: Path) -> None:
+        save(folder)
+        if pool is not None:
+            pool.save(folder)
+
+    def load_all(folder: Path) -> None:
         if discriminative:
             restore_adapter(setup, folder)
+        if average is not None:
+            average.load(folder)
         load_lora(setup.backbone, folder, trainable=True)
+        if pool is not None:
+            pool.load(folder)
 
     def validate() -> dict[str, float]:
         found = setup.validation() if discriminative else {}
         return found | setup.validation.denoising(config.denoise)
 
+    def after_step() -> None:
+        setup.adapter.clamp_logit_scale()
+        if average is not None:
+            average.update()
+
+    dropout = config.denoise.caption_dropout
     figures = train(
         Job(
             objective=objective,
             weights=weights_of(config.loss, config.denoise),
-            encoder=setup.encoder,
-            examples=setup.examples,
-            train=config.train,
-            data=config.data,
-            caption_dropout=config.denoise.caption_dropout,
-            seed=config.seed,
+            feed=Feed(setup.encoder, setup.examples, config.train, config.data, dropout, config.seed, pool),
             output_dir=config.folder,
-            save_artifacts=save,
-            load_artifacts=load,
+            save_artifacts=save_all,
+            load_artifacts=load_all,
             validate=validate,
-            after_step=setup.adapter.clamp_logit_scale,
-            refresh=OnPolicy.of(config.loss, setup.backbone, setup.examples, config.seed) if discriminative else None,
+            after_step=after_step,
+            sample=_samples(config, setup),
+            sample_every=config.samples.sample_every,
         ),
         setup.accelerator,
     )
     if setup.accelerator.is_main_process:
         save(config.folder)
     finish(setup)
-    return result(config.folder, figures)
+    return result(config.folder, figures, config.train.best_metric)
+
+
+def _samples(config: TuneConfig, setup: Setup) -> Samples:
+    """Of the prompts in the config, or the first held-out captions."""
+    count = config.samples.sample_count
+    prompts = config.samples.sample_prompts or [record.captions[0] for record in setup.validation.records[:count]]
+    adapter = setup.adapter if config.objective == "dpt" else None
+    return Samples(setup.backbone, adapter, setup.taps, prompts, config.samples, config.folder)
 
 
 def _put_lora(config: TuneConfig, setup: Setup) -> None:

@@ -1,0 +1,146 @@
+"""Two processes that talk through gloo do what one does, and decide alike."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dpt_t2i.errors import InputError, Stopped
+from dpt_t2i.training import engine, trackers, tune
+from dpt_t2i.training.checkpoint import checkpoints
+from dpt_t2i.training.engine import train
+from dpt_t2i.training.objective import Draw
+from dpt_t2i.training.probe import run_probe
+from dpt_t2i.training.setup import Setup, set_up
+from dpt_t2i.training.trackers import read_metrics
+from dpt_t2i.training.tune import run_tune
+from tests.training import forked
+from tests.training.test_engine import Coded, Plane, job
+
+STEPS = 20
+ARMS: dict[str, tuple[int, dict[str, int]]] = {  # the same 8 examples a step: processes, settings
+    "one": (1, {"train_batch_size": 8, "gradient_accumulation_steps": 1}),
+    "two": (2, {"train_batch_size": 4, "gradient_accumulation_steps": 1}),
+    "accumulated": (1, {"train_batch_size": 4, "gradient_accumulation_steps": 2}),
+}
+
+
+def in_double_precision(config: Any) -> Setup:
+    """The recipe's own set-up with every weight in float64; its casts to float32 are told to do the same."""
+    setup = set_up(config)
+    pipeline = setup.backbone.pipeline
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, setup.adapter):
+        module.double()
+    return setup
+
+
+def exact_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "LOG_EVERY", 1)
+    monkeypatch.setattr(trackers, "_short", float)
+
+
+def train_rows(folder: Path) -> list[dict[str, float]]:
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "train"]
+    return [{key: row[key] for key in row if key not in ("split", "images_per_s")} for row in rows]
+
+
+@pytest.mark.slow
+def test_the_same_training_on_one_process_two_and_with_accumulation(
+    probe_config, tune_config, tmp_path, monkeypatch
+) -> None:
+    run_probe(probe_config(max_train_steps=1))
+    exact_figures(monkeypatch)
+
+    def tuned(name: str, precision: str, steps: int) -> None:
+        if precision == "float64":  # in a fork that ends soon
+            torch.set_default_dtype(torch.float64)
+            torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+            tune.set_up = in_double_precision  # type: ignore[assignment]
+        common = ARMS[name][1] | {"adapter": str(tmp_path / "probe"), "checkpointing_steps": 99, "val_samples": 2}
+        run_tune(tune_config(output_dir=str(tmp_path / name / precision), **common, max_train_steps=steps))
+
+    for name, (world, _) in ARMS.items():
+        for precision, steps in (("float32", 1), ("float64", STEPS)):
+            work = partial(tuned, name, precision, steps)
+            forked.run(work, tmp_path / "logs" / f"{name}-{precision}", world)
+
+    (first,) = train_rows(tmp_path / "one" / "float32")
+    rows = train_rows(tmp_path / "one" / "float64")
+    assert len(rows) == STEPS and {"loss_giou", "loss_mse", "grad_norm", "lr"} <= rows[0].keys()
+    # cosine: 0 after the last step, wherever it runs
+    assert rows[-1]["lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * (STEPS - 1) / STEPS)) / 2)
+    weights = all_weights(tmp_path / "one" / "float64")
+    assert all(value.dtype == torch.float64 for value in weights.values())
+    for other in ("two", "accumulated"):
+        assert train_rows(tmp_path / other / "float32") == [pytest.approx(first, rel=1e-5)]
+        got = train_rows(tmp_path / other / "float64")
+        assert got == [pytest.approx(row, rel=1e-9) for row in rows], other
+        far = {
+            name: float((value - weights[name]).norm() / weights[name].norm())
+            for name, value in all_weights(tmp_path / other / "float64").items()
+        }
+        assert far.keys() == weights.keys() and max(far.values()) <= 1e-9, (other, max(far, key=lambda name: far[name]))
+
+
+def all_weights(folder: Path) -> dict[str, Tensor]:
+    lora = load_file(folder / "pytorch_lora_weights.safetensors")
+    return lora | load_file(folder / "adapter" / "model.safetensors")
+
+
+class Troubled(Plane):
+    """On the second process alone, the second step has a NaN and the third brings a signal."""
+
+    def forward(self, batch: Coded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
+        (term,) = super().forward(batch, draw, num_boxes).values()
+        second = os.environ.get("RANK") == "1"
+        if second and len(self.seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss_mse": term * (math.nan if second and len(self.seen) == 2 else 1.0)}
+
+
+def test_what_one_process_meets_all_obey(tmp_path: Path) -> None:
+    def skipping() -> None:
+        given = job(tmp_path / "skip", Troubled(), on_nan="skip", max_train_steps=9)
+        with pytest.raises(Stopped, match="SIGTERM: stopped at step 3 of 9"):
+            train(given, Accelerator(cpu=True))
+        assert given.objective.w.tolist() == pytest.approx([-0.2, 0.2], abs=1e-5)  # type: ignore[union-attr, operator]
+
+    def stopping() -> None:
+        accelerator = Accelerator(cpu=True)
+        with pytest.raises(InputError) as error:
+            train(job(tmp_path / "stop", Troubled(), max_train_steps=9), accelerator)
+        (tmp_path / f"said-{accelerator.process_index}").write_text(str(error.value))
+
+    forked.run(lambda: (skipping(), stopping()), tmp_path / "logs", world=2)
+    assert [step for step, _ in checkpoints(tmp_path / "skip")] == [3]
+    state = json.loads((tmp_path / "skip" / "checkpoint-3" / "state.json").read_text())
+    assert (state["step"], state["skipped"], state["examples_a_step"]) == (3, 1, 4)
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)]
+    assert all("step 2: the loss is not finite, records [" in text and "{'loss_mse': nan" in text for text in said)
+    assert [path.name for path in (tmp_path / "stop" / "nan").iterdir()] == ["step-2-rank-1.safetensors"]
+
+
+def test_two_processes_share_the_boxes_of_a_step(tmp_path: Path) -> None:
+    def body() -> None:
+        accelerator = Accelerator(cpu=True)
+        rank, model = accelerator.process_index, Plane()
+        window: Any = [(Coded((i,), boxes=boxes, slope=(1.0, 0.0)), None) for i, boxes in enumerate(BOXES[rank])]
+        given = replace(job(tmp_path, model), weights={"loss_mse": 1.0})
+        engine._step(given, accelerator, model, torch.optim.SGD(model.parameters(), lr=1.0), window, 0)
+        # 12 boxes over 2 processes x 2 micro-batches
+        assert [boxes for _, _, boxes in model.seen] == [3.0, 3.0]
+
+    forked.run(body, tmp_path / "logs", world=2)
+
+
+BOXES = ((1, 0), (4, 7))

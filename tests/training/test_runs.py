@@ -1,0 +1,69 @@
+"""Two runs side by side, with figures that were written by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dpt_t2i.cli import main
+from dpt_t2i.errors import InputError
+from dpt_t2i.training.runs import compare_runs
+
+
+def run_folder(folder: Path, rate: float, itm: list[float], steps: int) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"train:\n  learning_rate: {rate}\n  rank: 4\nseed: 0\noutput_dir: {folder}\n")
+    rows: list[dict[str, Any]] = [{"step": 10 * i, "split": "val", "itm_text": value} for i, value in enumerate(itm)]
+    rows += [
+        {"step": step, "split": "train", "loss": rate * step, "images_per_s": 3.0} for step in range(10, steps + 1, 10)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    return (
+        run_folder(tmp_path / "slow", 0.5, [0.9, 0.6, 0.5], 20),
+        run_folder(tmp_path / "fast", 2.0, [0.9, 0.4, 0.6, 0.8], 30),
+    )
+
+
+def test_settings_and_figures_that_differ(two, tmp_path):
+    found = compare_runs(*two, tmp_path / "out" / "plot.png")
+    assert found["settings"] == {"train.learning_rate": [0.5, 2.0]}
+    assert found["figures"] == {
+        "last step": [20, 30],
+        "train, step 20: loss": [10.0, 40.0],  # the last step that both have
+        "train, step 20: images_per_s": [3.0, 3.0],
+        "val, last: itm_text": [0.5, 0.8],
+        "best step": [10, 30],  # the baseline does not count
+        "val, best step: itm_text": [0.6, 0.8],
+    }
+    assert ["train,", "step", "20:", "loss", "10", "40"] in [line.split() for line in found["summary"]]
+    with Image.open(tmp_path / "out" / "plot.png") as picture:
+        assert picture.width == 1200
+        colors = {color for _, color in picture.convert("RGB").getcolors(picture.width * picture.height)}
+    assert {(0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)} <= colors, "a line for each run"
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    a, b = (run_folder(tmp_path / parent / "tune", 0.5, [0.5, 0.5], 10) for parent in ("x", "y"))
+    summary = compare_runs(a, b, tmp_path / "plot.png")["summary"]
+    assert summary[0] == "the same settings"
+    assert str(a) in summary[3] and str(b) in summary[3]
+
+
+def test_a_folder_that_is_no_run_is_named(two, tmp_path):
+    with pytest.raises(InputError, match=r"empty is no run folder: .*metrics\.jsonl is missing or empty"):
+        compare_runs(two[0], tmp_path / "empty", tmp_path / "plot.png")
+
+
+def test_the_command_prints_the_table(two, tmp_path, capsys):
+    assert main(["runs", "compare", *map(str, two), "--output", str(tmp_path / "plot.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["train.learning_rate", "0.5", "2"] for line in lines)
+    assert main(["runs", "compare", *map(str, two), "--output", str(tmp_path / "plot.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"] == {"train.learning_rate": [0.5, 2.0]}
