@@ -111,6 +111,10 @@ class DenoiseConfig(Section):
     mse_loss_coef: float = Field(1.0, description="denoising loss")
     snr_gamma: float | None = Field(None, description="min-SNR gamma; none = plain MSE")
     caption_dropout: Fraction = Field(0.1, description="share of captions emptied in the denoising term")
+    detach_unet_feature: str | None = Field(
+        None,
+        description="block behind which the denoising loss sends no gradient into the map (the adapter's losses do)",
+    )
 
 
 class LoraSettings(Section):

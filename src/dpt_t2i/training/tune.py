@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from dpt_t2i.backbones.lora import add_lora, load_lora, save_lora
+from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import TuneConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.training.engine import Job, train
@@ -33,11 +34,12 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
         raise InputError("`dpt tune` starts from stage 1: give --adapter RUN/adapter of a `dpt probe` run")
     setup = set_up(config)
     _put_lora(config, setup)
+    cut = _cut_of(config, setup)
     objective: nn.Module
     if discriminative:
-        objective = TuneObjective(setup.backbone, setup.adapter, setup.taps, config.loss, config.denoise)
+        objective = TuneObjective(setup.backbone, setup.adapter, setup.taps, config.loss, config.denoise, cut)
     else:
-        objective = DenoiseObjective(setup.backbone, config.denoise)
+        objective = DenoiseObjective(setup.backbone, config.denoise, cut)
 
     def save(folder: Path) -> None:
         settings = config.model_dump(mode="json")
@@ -77,6 +79,16 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
         save(config.folder)
     finish(setup)
     return result(config.folder, figures)
+
+
+def _cut_of(config: TuneConfig, setup: Setup) -> Tap | None:
+    name = config.denoise.detach_unet_feature
+    if name is None:
+        return None
+    taps = setup.backbone.parse_taps(name)
+    if len(taps) > 1:
+        raise InputError(f"detach_unet_feature `{name}` names {len(taps)} blocks; give one")
+    return taps[0]
 
 
 def _put_lora(config: TuneConfig, setup: Setup) -> None:
