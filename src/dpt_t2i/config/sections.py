@@ -161,7 +161,9 @@ class SampleConfig(Section):
     """How images are sampled; the same words in `generate` and `evaluate alignment`."""
 
     steps: Positive = Field(50, description="sampling steps")
-    guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance; 1 = off")
+    guidance_scale: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="classifier-free or distilled guidance; 1 = off; default: the model family's own"
+    )
     scheduler: Literal["ddim", "euler", "dpm++", "unipc"] = Field("ddim", description="sampler")
     batch_size: Positive = Field(8, description="images at once; never changes an image")
     negative_prompt: str = Field("", description="text of the unconditional branch")
