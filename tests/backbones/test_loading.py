@@ -1,12 +1,14 @@
 import json
 import logging
 import shutil
+from inspect import signature
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
-from dpt_t2i.backbones.loading import choose_artifacts, load_backbone, resolve_device, shipped_artifacts
+from dpt_t2i.backbones.loading import FAMILIES, choose_artifacts, load_backbone, resolve_device, shipped_artifacts
 from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.errors import InputError
 from tests.tiny import tiny_backbone, tiny_pipeline
@@ -39,6 +41,13 @@ def test_dtype_is_that_of_all_frozen_weights(saved):
     backbone = load_backbone(saved, device="cpu", dtype="bfloat16")
     parts = (backbone.denoiser, backbone.pipeline.vae, backbone.pipeline.text_encoder)
     assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.bfloat16}
+
+
+def test_the_guidance_of_a_family_is_its_stock_pipelines():
+    ours = {family: backbone.guidance_scale for family, (backbone, _) in FAMILIES.items()}
+    stock = {family: signature(getattr(diffusers, family).__call__).parameters["guidance_scale"] for family in FAMILIES}
+    assert ours == {family: parameter.default for family, parameter in stock.items()}
+    assert ours["StableDiffusionPipeline"] == 7.5 and ours["FluxPipeline"] == 3.5
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./runs/none", "/no/such/folder"])

@@ -72,7 +72,7 @@ def draw(dropped: tuple[int, ...] = ()) -> Draw:
     return Draw(golden["noise"], golden["timesteps"], drop)
 
 
-def objective(stage: int, snr_gamma: float | None = None) -> ProbeObjective | TuneObjective:
+def objective(stage: int, snr_gamma: float | None = None, cut: str | None = None) -> ProbeObjective | TuneObjective:
     """Ready to train: stage 1 without LoRA, stage 2 with the golden one; dropout off, as in the goldens."""
     batch_encoder = backbone(lora=False)
     head = adapter()
@@ -81,7 +81,8 @@ def objective(stage: int, snr_gamma: float | None = None) -> ProbeObjective | Tu
     if stage == 1:
         return ProbeObjective(batch_encoder, head, taps, ItmRecConfig())
     place_lora(batch_encoder, checkpoint().lora, "golden", trainable=True)
-    return TuneObjective(batch_encoder, head, taps, ItmRecConfig(), DenoiseConfig(snr_gamma=snr_gamma))
+    behind = None if cut is None else batch_encoder.taps[cut]
+    return TuneObjective(batch_encoder, head, taps, ItmRecConfig(), DenoiseConfig(snr_gamma=snr_gamma), behind)
 
 
 def losses_of(terms: dict[str, Tensor]) -> Losses:

@@ -111,6 +111,31 @@ def test_differs_the_state_is_corrected() -> None:
     torch.testing.assert_close(ours.scores[0], golden["eta200.score"][0], rtol=1e-3, atol=2e-5)
 
 
+def test_differs_dropout_is_off_while_sampling() -> None:
+    """The release never calls `.eval()`: with its dropout of 0.1 the first step's score changes from draw to draw, and
+    the correction climbs another function each time. Ours judges in eval mode, whatever the adapter was left in."""
+    golden = tensors("self_correction")
+    text, timesteps = model().encode_text(numbers("self_correction")["prompts"]), torch.full((2,), 901)
+    left_training = adapter().train()
+    assert left_training.config.dropout == 0.1
+    judge = MatchScorer(backbone(lora=True), left_training, model().parse_taps("up1"))
+
+    def judged() -> tuple[Tensor, Tensor]:
+        point = golden["init_latents"].clone().requires_grad_(True)
+        scores = judge(point, timesteps, text)
+        return scores.detach(), torch.autograd.grad(scores.sum(), point)[0]
+
+    scores, gradient = judged()
+    torch.testing.assert_close(scores, golden["eta0.5.score"][0], rtol=1e-3, atol=2e-5)
+    close(gradient, golden["eta0.5.grad_cond"][0], relative=5e-4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        left_training.train()
+        (one, _), (other, their_gradient) = judged(), judged()
+    assert float((one - other).abs().max()) > 1e-3
+    assert float((their_gradient - gradient).norm() / gradient.norm()) > 0.1
+
+
 def pixels(number: int) -> Tensor:
     return to_pixels(Image.open(SHARED / "itm_scores" / f"img{number}.png").convert("RGB"))
 

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dpt_t2i.adapter.grounding_text import load_grounding_text
 from dpt_t2i.adapter.score import match_score
 from dpt_t2i.backbones.types import Features
 from dpt_t2i.config import DataConfig, ItmRecConfig, TuneTrainConfig
@@ -15,7 +16,7 @@ from dpt_t2i.objectives.matcher import match_queries
 from dpt_t2i.objectives.positions import positive_map
 from dpt_t2i.training.engine import Job, _step
 from dpt_t2i.training.objective import ProbeObjective
-from tests.parity.golden import adapter, backbone, close, needs_shared, numbers, tensors
+from tests.parity.golden import SHARED, adapter, backbone, close, needs_shared, numbers, tensors
 from tests.parity.stages import (
     BOXES,
     OURS,
@@ -142,6 +143,25 @@ def test_min_snr_weighting(gamma: float | None) -> None:
     assert part.backbone.snr(draw().timesteps).tolist() == pytest.approx(golden["stage2.snr"], rel=1e-4)
 
 
+@pytest.mark.parametrize("cut", [None, "mid", "up1"])
+def test_the_denoising_gradient_is_cut_as_the_release_cuts_it(cut: str | None) -> None:
+    """`--detach_unet_feature`: no loss changes; of the gradients only the LoRA's do, and little: skips go round."""
+    wanted = numbers("losses")["stage2.itm_float32" if cut is None else f"stage2.detach_unet_feature={cut}"]
+    by_group = wanted.get("grad_norm_by_group") or numbers("losses")["stage2.itm_float32.grad_norm_by_group"]
+    part = objective(2, cut=cut)
+    total = losses_of(part(encoded(), draw(), BOXES)).total
+    assert total.item() == pytest.approx(wanted["loss"], rel=1e-4)
+    total.backward()
+    groups: dict[str, float] = {}
+    for name, parameter in released_names(part).items():
+        if parameter.grad is not None:
+            square = groups.get(group_of(name), 0.0) ** 2 + float(parameter.grad.norm()) ** 2
+            groups[group_of(name)] = square**0.5
+    assert groups == pytest.approx(by_group, rel=1e-4)
+    for name in ("lora.down", "lora.up"):  # the cut at up1 moves them by 2e-5 only
+        assert groups[name] == pytest.approx(by_group[name], rel=8e-6)
+
+
 def test_token_maps_are_the_releases_before_its_cast_to_bool() -> None:
     rows, raw = [], []
     for offsets, target in zip(expressions().offsets, numbers("losses")["targets"], strict=True):
@@ -219,6 +239,28 @@ def _scores(part: ProbeObjective, name: str) -> Tensor:
     queries = tensors("losses")[f"stage1.q_emb_{name}"][0]
     pooled = batch.text.pooled[rows]
     return torch.nn.functional.cosine_similarity(queries, pooled[:, None], dim=-1).max(dim=1, keepdim=True).values
+
+
+@torch.no_grad()
+def test_differs_the_frozen_caption_encoder_stays_in_eval_mode() -> None:
+    """The release's `.train()` reaches its frozen RoBERTa too, and brings dropout of 0.1 into the states."""
+    captions = [target["caption"] for target in numbers("losses")["targets"]]
+    wanted = expressions().tokens
+    encoder = load_grounding_text(str(SHARED / "roberta"), torch.device("cpu"))
+    torch.nn.ModuleList([encoder]).train()
+    assert torch.equal(encoder(captions).tokens, wanted)
+    encoder.encoder.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = encoder(captions).tokens
+    assert float((theirs - wanted).norm() / wanted.norm()) > 0.1
+
+    def align(tokens: Tensor) -> float:
+        return objective(1)(replace(encoded(), grounding_tokens=tokens), draw(), BOXES)["loss_align"].item()
+
+    golden = numbers("losses")["stage1.itm_float32"]["loss_contrastive_align"]
+    assert align(encoder.eval()(captions).tokens) == pytest.approx(golden, rel=1e-4)
+    assert abs(align(theirs) - golden) > 1e-2
 
 
 def test_differs_stage_two_starts_with_the_learned_logit_scale() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +20,8 @@ from dpt_t2i.cli import main
 from dpt_t2i.config import ExportConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.publish.export import run_export
-from tests.publish.pipelines import ALPHA, RANK, Family, image_of, make, save_dit_configs, stock
+from tests.families import FAMILIES
+from tests.publish.pipelines import ALPHA, RANK, Family, image_of, make, stock
 from tests.tiny import tiny_adapter
 
 TO_Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"  # in SD 1, 2 and XL
@@ -174,11 +176,45 @@ def test_merged_sdxl(tmp_path: Path) -> None:
     np.testing.assert_allclose(image_of(stock(tmp_path / "out")), made.image, atol=5e-5)
 
 
-@pytest.mark.parametrize("name", ["flux", "pixart"])
-def test_dit_keys_are_diffusers_and_kohya_is_refused(tmp_path: Path, name: str) -> None:
-    transformer = save_dit_configs(name, tmp_path / "base")
+def tuned_dit(name: str, folder: Path) -> tuple[Path, Any]:
+    """Base of a DiT family, `lora` beside it (alpha other than rank), and the pipeline in which the two are one."""
+    backbone = load_backbone(FAMILIES[name](folder / "base"), device="cpu")
+    for number, parameter in enumerate(add_lora(backbone, RANK, ALPHA)):
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(number))
+    save_lora(backbone, folder / "lora", {})
+    return folder / "base", backbone.pipeline
+
+
+def test_sd3_loads_in_stock_diffusers(tmp_path: Path) -> None:
+    base, ours = tuned_dit("sd3", tmp_path)
+    answer = export(base, tmp_path / "lora", tmp_path / "out", "diffusers")
+    assert (answer["rank"], answer["alpha"]) == ([RANK], [ALPHA])
+    pipeline = StableDiffusion3Pipeline.from_pretrained(base, image_encoder=None, feature_extractor=None)
+    plain = image_of(pipeline)
+    pipeline.load_lora_weights(tmp_path / "out")
+    np.testing.assert_allclose(image_of(pipeline), image_of(ours), atol=1e-5)
+    assert np.abs(image_of(pipeline) - plain).max() > 1e-2
+    with pytest.raises(InputError, match="kohya is for U-Nets"):
+        export(base, tmp_path / "lora", tmp_path / "kohya", "kohya")
+
+
+@pytest.mark.parametrize("name, options", [("pixart_sigma", {"use_resolution_binning": False}), ("sd3", {})])
+def test_a_merged_dit_needs_no_lora(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    base, ours = tuned_dit(name, tmp_path)
+    export(base, tmp_path / "lora", tmp_path / "out", "merged")
+    merged = load_backbone(tmp_path / "out", device="cpu")
+    assert not any(".lora_" in name for name, _ in merged.denoiser.named_parameters())
+    # (W + BA) x and W x + B (A x) round differently
+    wanted = image_of(ours, **options)
+    np.testing.assert_allclose(image_of(merged.pipeline, **options), wanted, atol=5e-5)
+    plain = load_backbone(base, device="cpu").pipeline
+    assert np.abs(image_of(plain, **options) - wanted).max() > 1e-2
+
+
+@pytest.mark.parametrize("name, width", [("flux", 32), ("pixart_sigma", 16)])
+def test_dit_keys_are_diffusers_and_kohya_is_refused(tmp_path: Path, name: str, width: int) -> None:
+    FAMILIES[name](tmp_path / "base")
     module = "transformer_blocks.0.attn.to_q" if name == "flux" else "transformer_blocks.0.attn1.to_q"
-    width = transformer.get_submodule(module).weight.shape[0]
     down, up = torch.randn(2, width), torch.randn(width, 2)
     tensors = {f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}
     described = json.dumps({"transformer.r": 2, "transformer.lora_alpha": 5})
@@ -193,7 +229,7 @@ def test_dit_keys_are_diffusers_and_kohya_is_refused(tmp_path: Path, name: str) 
 
 
 def test_a_lora_of_another_family_or_prediction_type_is_one_line(sd1: Family, tmp_path: Path) -> None:
-    save_dit_configs("flux", tmp_path / "flux")
+    FAMILIES["flux"](tmp_path / "flux")
     with pytest.raises(InputError, match="key `unet..*is unknown to `flux`; is it a LoRA of this family?"):
         export(tmp_path / "flux", sd1.lora, tmp_path / "out", "diffusers")
     other = make("sd2", tmp_path / "two")

@@ -30,6 +30,7 @@ class ConstantNoise:
     """A denoiser that always sees the same noise, so that z_t = a z_0 + s NOISE exactly, in every sampler."""
 
     prediction_type = "epsilon"
+    guidance_scale = 7.5
 
     def __init__(self) -> None:
         self.pipeline = SimpleNamespace(scheduler=scheduler())

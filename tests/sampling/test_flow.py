@@ -24,6 +24,7 @@ from tests.tiny import tiny_adapter
 PROMPTS = ["a red circle", "two blue stars"]
 NOISE = torch.stack([initial_noise(seed, (16, 8, 8)) for seed in (0, 1)])
 OFF = CorrectionConfig()
+SCALE = {"guidance_scale": 7.0}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,21 @@ def test_flux_images_are_those_of_the_stock_pipeline(variant, guidance, request)
     torch.testing.assert_close(
         ours, FluxPipeline._unpack_latents(theirs, 32, 32, backbone.vae_scale), rtol=1e-4, atol=1e-4
     )
+
+
+def test_flux_has_one_branch_told_3_5_where_nobody_says(dev):
+    """No classifier-free guidance: as many rows as images reach the denoiser, whatever the scale."""
+    told = []
+    handle = dev.denoiser.register_forward_pre_hook(
+        lambda _module, _args, given: told.append(given["guidance"].tolist()), with_kwargs=True
+    )
+    text = dev.encode_text(PROMPTS)
+    try:
+        unsaid, said = (sample(dev, text, text, NOISE, SampleConfig(steps=1, **own), OFF) for own in ({}, SCALE))
+    finally:
+        handle.remove()
+    assert told == [[3.5, 3.5], [7.0, 7.0]]
+    assert not torch.allclose(unsaid, said, atol=1e-4)
 
 
 def test_seeded_images_are_the_stock_pipelines_and_no_batch_matters(dev):

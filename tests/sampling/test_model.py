@@ -122,6 +122,20 @@ def test_score_is_the_mean_over_the_fixed_noises():
     assert ours.score(image, "two blue stars", timestep=300, draws=2, seed=5).score != result.score
 
 
+def test_settings_tell_the_familys_guidance_where_nobody_gave_one():
+    ours = model()
+    unsaid, said, other = (
+        ours.settings(build_config(GenerateConfig, overrides=given))
+        for given in ({}, {"guidance_scale": 7.5}, {"guidance_scale": 2})
+    )
+    assert unsaid == said and unsaid["sample"]["guidance_scale"] == 7.5
+    assert other["sample"]["guidance_scale"] == 2
+    assert (
+        ours.generate("a star", steps=2)[0].tobytes()
+        == ours.generate("a star", steps=2, guidance_scale=7.5)[0].tobytes()
+    )
+
+
 def test_settings_leave_out_what_changes_no_image_and_keep_the_rest():
     ours = model()
     one = ours.settings(build_config(GenerateConfig, overrides={"batch_size": 1}))

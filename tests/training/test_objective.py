@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dpt_t2i.adapter.score import match_score
+from dpt_t2i.backbones.lora import add_lora
 from dpt_t2i.backbones.types import Features
 from dpt_t2i.config import DenoiseConfig, ItmRecConfig
 from dpt_t2i.data.examples import Examples, collate
@@ -82,6 +83,45 @@ def test_a_dropped_caption_is_denoised_with_the_empty_text(parts):
         loss = DenoiseObjective(backbone, DenoiseConfig())(encoded, draw, 1.0)["loss_mse"]
     want = (prediction - backbone.target(latents, draw.noise, draw.timesteps)).square().mean()
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+
+
+def gradients_of_b(cut, loss):
+    """Norm of the gradient of each LoRA's B by its module (a fresh A gets none), for one of the losses."""
+    backbone = tiny_backbone()
+    torch.manual_seed(0)
+    add_lora(backbone, rank=2)
+    taps, adapter = backbone.parse_taps("up1"), tiny_adapter(backbone, "up1")
+    examples = Examples(SceneRecords(length=20, size=32), 32)
+    encoded = Encoder(backbone, adapter.config.num_token_classes, None)(collate([examples[0], examples[1]]))
+    noise = torch.randn(encoded.latents[:2].shape, generator=torch.Generator().manual_seed(0))
+    draw = Draw(noise, torch.tensor([100, 700]), torch.tensor([False, False]))
+    behind = None if cut is None else backbone.taps[cut]
+    terms = TuneObjective(backbone, adapter, taps, ItmRecConfig(), DenoiseConfig(), behind)(encoded, draw, 2.0)
+    terms[loss].backward()
+    return {
+        name: 0.0 if parameter.grad is None else float(parameter.grad.norm())
+        for name, parameter in backbone.denoiser.named_parameters()
+        if ".lora_B." in name
+    }
+
+
+def test_the_denoising_gradient_is_cut_behind_a_block():
+    """At up1: whole behind it; none for up1, the middle, and the level whose skips end in up1; else the skips."""
+    whole, cut = gradients_of_b(None, "loss_mse"), gradients_of_b("up1", "loss_mse")
+    for name, norm in whole.items():
+        assert norm > 0
+        if name.startswith(("up_blocks.1", "mid_block", "down_blocks.2")):
+            assert cut[name] == 0
+        elif name.startswith("down_blocks"):
+            assert 0 < cut[name] != pytest.approx(norm, rel=1e-3)
+        else:
+            assert cut[name] == pytest.approx(norm, rel=1e-5)
+
+
+def test_the_cut_leaves_the_adapters_gradient_alone():
+    whole, cut = gradients_of_b(None, "loss_i2t"), gradients_of_b("up1", "loss_i2t")
+    assert whole == pytest.approx(cut, rel=1e-5)
+    assert whole["up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.dpt.weight"] > 0
 
 
 def test_evaluations_without_a_negative_are_left_out(parts):

@@ -172,6 +172,20 @@ def test_tune_without_an_adapter_is_refused(tune_config):
         run_tune(tune_config())
 
 
+def test_detach_unet_feature_is_read(tune_config):
+    """Trained on denoising alone, what feeds nothing but the cut map never moves."""
+    config = tune_config(objective="denoise_only", detach_unet_feature="up1")
+    run_tune(config)
+    lora = load_file(config.output_dir / "pytorch_lora_weights.safetensors")
+    ups = {name: value for name, value in lora.items() if ".lora.up." in name}
+    still = {name for name, value in ups.items() if not value.any()}
+    assert still == {
+        name for name in ups if name.startswith(("unet.up_blocks.1", "unet.mid_block", "unet.down_blocks.2"))
+    }
+    with pytest.raises(InputError, match="detach_unet_feature `mid_up1` names 2 blocks; give one"):
+        run_tune(tune_config(objective="denoise_only", detach_unet_feature="mid_up1", run_name="two"))
+
+
 def test_nan_stops_the_run_and_names_step_and_records(probe_config, monkeypatch):
     config = probe_config(max_train_steps=3)
     from dpt_t2i.training import objective

@@ -45,6 +45,7 @@ class FluxBackbone(PipelineParts):
     """
 
     denoiser_key = "transformer"
+    guidance_scale = 3.5  # an input of the denoiser, no classifier-free guidance
     pipeline_call = PipelineCall(
         timestep_scale=1000.0,  # FLUX counts time in 0..1
         unpack=lambda tokens, height, width: unpack(tokens, height // PATCH, width // PATCH),

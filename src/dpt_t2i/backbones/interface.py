@@ -25,6 +25,7 @@ class Backbone(Protocol):
     denoiser: nn.Module
     denoiser_key: str  # prefix of the denoiser in a diffusers LoRA file: `unet`, `transformer`
     pipeline_call: PipelineCall  # how that pipeline calls the denoiser
+    guidance_scale: float  # of sampling where the user names none: the default of the family's own pipeline
     taps: Mapping[str, Tap]  # the named taps, in the order in which the denoiser reaches them
 
     @property

@@ -43,6 +43,7 @@ class PixArtSigmaBackbone(PipelineParts):
     """
 
     denoiser_key = "transformer"
+    guidance_scale = 4.5
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
         check_tokenizer(pipeline.tokenizer, name)

@@ -7,14 +7,14 @@ full pass bit for bit, and gradients reach the latents and the LoRA.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dpt_t2i.backbones.taps import pick_map
+from dpt_t2i.backbones.taps import detach_map, pick_map
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.errors import InputError
 
@@ -58,6 +58,20 @@ def read_output(module: nn.Module, path: str, run: Callable[[], Any]) -> Any:
     return _run_with_hooks(module, [path], run, early_exit=True)[0].get(path)
 
 
+@contextlib.contextmanager
+def gradient_cut(module: nn.Module, tap: Tap) -> Iterator[None]:
+    """Within, the blocks behind `tap` send no gradient into its map; the map that is read there still carries one."""
+
+    def cut(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return detach_map(output, tap)
+
+    handle = module.get_submodule(tap.module).register_forward_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _run_with_hooks(
     module: nn.Module, paths: Sequence[str], run: Callable[[], T], early_exit: bool
 ) -> tuple[dict[str, Any], T | None]:
@@ -71,7 +85,9 @@ def _run_with_hooks(
 
         return hook
 
-    handles = [module.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    # In a whole pass before other hooks, which may hand on another answer than is read (`gradient_cut`); where the pass
+    # ends here after them, so that they run.
+    handles = [module.get_submodule(path).register_forward_hook(keep(path), prepend=not early_exit) for path in paths]
     try:
         with _hooks_heard(module) if paths else contextlib.nullcontext():
             return outputs, run()

@@ -26,6 +26,7 @@ class StableDiffusionBackbone(PipelineParts):
     """
 
     denoiser_key = "unet"
+    guidance_scale = 7.5
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
         check_tokenizer(pipeline.tokenizer, name)

@@ -44,6 +44,7 @@ class StableDiffusion3Backbone(PipelineParts):
     """
 
     denoiser_key = "transformer"
+    guidance_scale = 7.0
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
         for key in ("text_encoder", "text_encoder_2"):

@@ -34,6 +34,7 @@ class StableDiffusionXLBackbone(PipelineParts):
     """
 
     denoiser_key = "unet"
+    guidance_scale = 5.0
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
         _check_text_encoders(pipeline, name)

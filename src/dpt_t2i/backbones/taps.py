@@ -78,6 +78,14 @@ def pick_map(output: Any, tap: Tap, sides: tuple[int, int] | None = None) -> Ten
     return value.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous()
 
 
+def detach_map(output: Any, tap: Tap) -> Any:
+    """What the module of `tap` returned, its map without a graph; what else it returned keeps its own."""
+    if tap.select == "tensor":
+        return output.detach()
+    place = SELECTS.index(tap.select)
+    return (*output[:place], output[place].detach(), *output[place + 1 :])
+
+
 def tap_of_output(path: str, output: Any, sides: tuple[int, int]) -> Tap:
     """The tap of module `path`, whose `output` was seen on latents of `sides` (height, width).
 

@@ -142,6 +142,10 @@ class DenoiseConfig(Section):
     mse_loss_coef: float = Field(1.0, description="denoising loss")
     snr_gamma: float | None = Field(None, description="min-SNR gamma; none = plain MSE")
     caption_dropout: Fraction = Field(0.1, description="share of captions emptied in the denoising term")
+    detach_unet_feature: str | None = Field(
+        None,
+        description="block behind which the denoising loss sends no gradient into the map (the adapter's losses do)",
+    )
 
 
 class LoraSettings(Section):
@@ -212,7 +216,9 @@ class SampleConfig(Section):
     """How images are sampled; the same words in `generate` and `evaluate alignment`."""
 
     steps: Positive = Field(50, description="sampling steps")
-    guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance; 1 = off")
+    guidance_scale: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="classifier-free or distilled guidance; 1 = off; default: the model family's own"
+    )
     scheduler: Literal["ddim", "euler", "dpm++", "unipc"] = Field("ddim", description="sampler")
     batch_size: Positive = Field(8, description="images at once; never changes an image")
     negative_prompt: str = Field("", description="text of the unconditional branch")

@@ -64,7 +64,7 @@ def sample(
     height, width = initial_latents.shape[-2:]
     scheduler = make_scheduler(backbone, settings.scheduler, settings.steps, (height, width))
     latents = initial_latents.to(backbone.device, torch.float32) * initial_scale(scheduler)
-    told, scale = _with_scale(text, settings.guidance_scale)
+    told, scale = _with_scale(text, guidance_of(backbone, settings))
     steps, fused = len(scheduler.timesteps), correction.correction_fused
     shift: Tensor | None = None  # [B, C, h, w] of z, found by a fused correction in the step before
     for index, timestep in enumerate(scheduler.timesteps):
@@ -86,6 +86,11 @@ def sample(
         if on_step is not None:
             on_step(Step(index, float(timestep), latents, scores))
     return latents
+
+
+def guidance_of(backbone: Backbone, settings: SampleConfig) -> float:
+    """The scale that was asked for, else the family's own."""
+    return backbone.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
 
 
 def is_corrected(index: int, steps: int, correction: CorrectionConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.adapter.score import match_score
 from dpt_t2i.adapter.types import AdapterOutput
 from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.reader import gradient_cut
 from dpt_t2i.backbones.types import Features, Tap
 from dpt_t2i.config import DenoiseConfig, ItmRecConfig
 from dpt_t2i.objectives.denoise import denoise_loss
@@ -53,6 +55,9 @@ class TuneObjective(nn.Module):
     """Stage 2: one full pass for the positive, one pass to the tap for the other five; ITM + REC + denoising.
 
     Examples with a dropped caption get one more row in the full pass, whose text is empty.
+
+    Args:
+        cut: block behind which the denoising loss sends no gradient into its map (`detach_unet_feature`).
     """
 
     def __init__(
@@ -62,15 +67,17 @@ class TuneObjective(nn.Module):
         taps: Sequence[Tap],
         loss: ItmRecConfig,
         denoise: DenoiseConfig,
+        cut: Tap | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.adapter, self.taps, self.loss, self.denoise = backbone, adapter, tuple(taps), loss, denoise
+        self.cut = cut
         self.denoiser = backbone.denoiser  # registered here so that wrappers see the LoRA
 
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
         """Unweighted loss terms by name, `loss_mse` included."""
         plan, count = _Plan(batch), len(batch)
-        mse, positive = denoising(self.backbone, self.taps, batch, draw, self.denoise)
+        mse, positive = denoising(self.backbone, self.taps, batch, draw, self.denoise, self.cut)
         others = _features(self.backbone, self.taps, batch, draw, plan.images[count:], plan.texts[count:])
         terms = discriminate(self.adapter, _stack(positive, others), plan, batch, num_boxes, self.loss)
         return terms | {"loss_mse": mse}
@@ -79,14 +86,14 @@ class TuneObjective(nn.Module):
 class DenoiseObjective(nn.Module):
     """The control arm: the same LoRA, data and steps on the denoising loss alone."""
 
-    def __init__(self, backbone: Backbone, denoise: DenoiseConfig) -> None:
+    def __init__(self, backbone: Backbone, denoise: DenoiseConfig, cut: Tap | None = None) -> None:
         super().__init__()
-        self.backbone, self.denoise = backbone, denoise
+        self.backbone, self.denoise, self.cut = backbone, denoise, cut
         self.denoiser = backbone.denoiser
 
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
         """`loss_mse` only; boxes are not looked at."""
-        return {"loss_mse": denoising(self.backbone, (), batch, draw, self.denoise)[0]}
+        return {"loss_mse": denoising(self.backbone, (), batch, draw, self.denoise, self.cut)[0]}
 
 
 def weights_of(loss: ItmRecConfig, denoise: DenoiseConfig | None = None) -> dict[str, float]:
@@ -137,7 +144,12 @@ def discriminate(
 
 
 def denoising(
-    backbone: Backbone, taps: Sequence[Tap], batch: Encoded, draw: Draw, config: DenoiseConfig
+    backbone: Backbone,
+    taps: Sequence[Tap],
+    batch: Encoded,
+    draw: Draw,
+    config: DenoiseConfig,
+    cut: Tap | None = None,
 ) -> tuple[Tensor, Features]:
     """Denoising loss of the positives, and their features, from one full pass."""
     count = len(batch)
@@ -146,7 +158,8 @@ def denoising(
     seen = torch.cat([rows, dropped])
     text = batch.text.select(torch.cat([batch.caption, batch.null.expand(len(dropped))]))
     noisy = backbone.add_noise(batch.latents[:count], draw.noise, draw.timesteps)
-    prediction, features = backbone.predict(noisy[seen], draw.timesteps[seen], text, taps)
+    with gradient_cut(backbone.denoiser, cut) if cut else nullcontext():
+        prediction, features = backbone.predict(noisy[seen], draw.timesteps[seen], text, taps)
     judged = prediction[:count].index_copy(0, dropped, prediction[count:])
     mse = denoise_loss(
         judged,

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from dpt_t2i.backbones.lora import add_lora, load_lora, save_lora
+from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import TuneConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import ema
@@ -38,11 +39,12 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
         raise InputError("`dpt tune` starts from stage 1: give --adapter RUN/adapter of a `dpt probe` run")
     setup = set_up(config)
     _put_lora(config, setup)
+    cut = _cut_of(config, setup)
     objective: nn.Module
     if discriminative:
-        objective = TuneObjective(setup.backbone, setup.adapter, setup.taps, config.loss, config.denoise)
+        objective = TuneObjective(setup.backbone, setup.adapter, setup.taps, config.loss, config.denoise, cut)
     else:
-        objective = DenoiseObjective(setup.backbone, config.denoise)
+        objective = DenoiseObjective(setup.backbone, config.denoise, cut)
 
     average = LoraAverage(setup.backbone, config.train.ema_decay) if config.train.ema_decay else None
     pool = OnPolicy.of(config.loss, setup.backbone, setup.examples, config.seed) if discriminative else None
@@ -107,6 +109,16 @@ def _samples(config: TuneConfig, setup: Setup) -> Samples:
     prompts = config.samples.sample_prompts or [record.captions[0] for record in setup.validation.records[:count]]
     adapter = setup.adapter if config.objective == "dpt" else None
     return Samples(setup.backbone, adapter, setup.taps, prompts, config.samples, config.folder)
+
+
+def _cut_of(config: TuneConfig, setup: Setup) -> Tap | None:
+    name = config.denoise.detach_unet_feature
+    if name is None:
+        return None
+    taps = setup.backbone.parse_taps(name)
+    if len(taps) > 1:
+        raise InputError(f"detach_unet_feature `{name}` names {len(taps)} blocks; give one")
+    return taps[0]
 
 
 def _put_lora(config: TuneConfig, setup: Setup) -> None:
