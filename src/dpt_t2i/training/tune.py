@@ -15,6 +15,7 @@ from torch import nn
 from dpt_t2i.backbones.lora import add_lora, load_lora, save_lora
 from dpt_t2i.config import TuneConfig
 from dpt_t2i.errors import InputError
+from dpt_t2i.training.encode import report_cut
 from dpt_t2i.training.engine import Job, train
 from dpt_t2i.training.objective import DenoiseObjective, TuneObjective, weights_of
 from dpt_t2i.training.on_policy import OnPolicy
@@ -75,6 +76,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     )
     if setup.accelerator.is_main_process:
         save(config.folder)
+    report_cut(setup.encoder, config.folder)
     finish(setup)
     return result(config.folder, figures)
 
