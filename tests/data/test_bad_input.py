@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from dpt_t2i.config import DataConfig
+from dpt_t2i.data.examples import Examples
 from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.records import Record
 from dpt_t2i.data.shards import read_shards
 from dpt_t2i.data.sources import open_records, read_source
 from dpt_t2i.data.unpickling import read_plain_pickle
 from dpt_t2i.errors import InputError
+from dpt_t2i.evaluation.examples import examples_of
 from tests.data import writers
 
 WRITE: dict[str, Callable[..., Path]] = {
@@ -201,8 +203,6 @@ def test_strings_of_python_2_are_read_as_utf8(tmp_path):
 
 @pytest.mark.parametrize("form", ["coco", "webdataset"])
 def test_a_corrupt_picture_ends_training_or_the_next_is_shown(tmp_path, form, caplog):
-    from dpt_t2i.data.examples import Examples
-
     folder = written(form, tmp_path, 6)
     if form == "coco":
         (folder / "train2017" / writers.file_name(2)).write_bytes(b"\xff\xd8\xff\xe0 cut")
@@ -226,11 +226,12 @@ def test_a_corrupt_picture_ends_training_or_the_next_is_shown(tmp_path, form, ca
 
 
 def test_a_box_outside_a_picture_of_unknown_size_is_found_when_it_is_opened(tmp_path):
-    from dpt_t2i.data.examples import Examples
-
     folder = written("webdataset", tmp_path, 1)
     record = next(iter(read_shards(sorted(folder.glob("*.tar")))))
     wide = record.expressions[0].__class__("the dot", ((0, 7),), ((60.0, 0.0, 20.0, 9.0),))
     outside = Record("o", "toy", record.image, record.captions, (wide,))
-    with pytest.raises(InputError, match=r"toy/o: box \[60.0, 0.0, 20.0, 9.0\] lies outside the image of 64 x 64"):
+    says = r"toy/o: box \[60.0, 0.0, 20.0, 9.0\] lies outside the image of 64 x 64"
+    with pytest.raises(InputError, match=says):
         Examples([outside, record], 32).item(0, 0)
+    with pytest.raises(InputError, match=says):
+        next(examples_of([outside], 32))

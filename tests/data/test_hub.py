@@ -65,6 +65,7 @@ def test_what_cannot_be_had_is_one_line(library, tmp_path):
         list(read_hub(str(tmp_path / "gone"), "train"))
     with pytest.raises(InputError, match="give max_samples"):
         list(read_hub(str(tmp_path), "train", streaming=True))
-    library.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "t"))
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "train.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(InputError, match="no column `image`, only text"):
         list(read_hub(str(tmp_path / "t"), "train"))

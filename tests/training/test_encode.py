@@ -1,5 +1,6 @@
 """Which row of the encoded texts and latents stands for what, and where the boxes' words are."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 
 from dpt_t2i.data.examples import Batch
 from dpt_t2i.errors import InputError
-from dpt_t2i.training.encode import Encoder
+from dpt_t2i.training.encode import Encoder, report_cut
 from tests.tiny import MAX_TOKENS, tiny_backbone
 
 K = 7  # token classes
@@ -133,6 +134,20 @@ def test_truncation_is_told_once(backbone, batch, caplog):
         encoder(cut)
     told = [record.getMessage() for record in caplog.records if "tokens: cut is" in record.getMessage()]
     assert len(told) == 1 and "cut is `blue star`" in told[0]
+
+
+def test_every_cut_text_is_counted_and_written(backbone, batch, tmp_path, caplog):
+    encoder = Encoder(backbone, K, None)
+    encoder(batch)
+    report_cut(encoder, tmp_path)
+    assert not encoder.cut and not list(tmp_path.iterdir()), "nothing was cut"
+    longs = [" ".join(["red"] * (MAX_TOKENS - 2)) + f" {word}" for word in ("blue", "green")]
+    encoder(replace(batch, captions=(longs[0], *batch.captions[1:])))
+    encoder(replace(batch, captions=(longs[0], *batch.captions[1:]), random_captions=(longs[1], "", "")))
+    report_cut(encoder, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "cut_texts.jsonl").read_text().splitlines()]
+    assert rows == [{"text": longs[0], "cut": "blue"}, {"text": longs[1], "cut": "green"}]
+    assert "2 texts were over the text encoder's limit" in caplog.text
 
 
 def test_nothing_asks_for_a_gradient(backbone, encoded):

@@ -27,6 +27,7 @@ ALIASES = {  # other names that users know -> leaf; of the release's flags those
     "contrastive_align_loss_coef": "align_coef",
     "temperature_NCE": "align_temperature",
     "max_train_samples": "max_samples",
+    "img_root": "image_root",
     "correction_factor": "correct",
     "num_inference_steps": "steps",
     "num_timesteps": "steps",

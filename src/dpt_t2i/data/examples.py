@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dpt_t2i.data.records import Expression, Negative, Record, check_inside
+from dpt_t2i.data.records import Expression, Negative, Record
 from dpt_t2i.data.transforms import Box, fit_square, mirror, names_a_side, to_pixels
 from dpt_t2i.errors import InputError
 
@@ -139,7 +139,7 @@ class Examples(Dataset[Item]):
             return to_pixels(square), boxes
 
         picture, keep = record.load_image(), expression.boxes if expression else ()
-        _refuse_outside(record, keep, picture.size)
+        record.require_inside(keep, picture.size)
         pixels, boxes = show(picture, keep)
         hard = record.load_negative_image(hard_image)
         return Item(
@@ -216,13 +216,6 @@ def collate(items: Sequence[Item]) -> Batch:
         boxes=tuple(item.boxes for item in items),
         records=tuple(item.record for item in items),
     )
-
-
-def _refuse_outside(record: Record, boxes: Sequence[Box], size: tuple[int, int]) -> None:
-    try:
-        check_inside(boxes, size)
-    except ValueError as error:
-        raise InputError(f"{record.source}/{record.id}: {error}; mend it, or use on_bad: skip") from error
 
 
 @lru_cache(maxsize=2)

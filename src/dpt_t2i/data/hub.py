@@ -20,7 +20,7 @@ from dpt_t2i.errors import InputError
 COLUMN = "image"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class HubImage:
     """The picture of a row, decoded when it is used."""
 

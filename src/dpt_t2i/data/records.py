@@ -56,6 +56,13 @@ class Record:
             return None
         return _load((self.negative_image, *self.more_negative_images)[number])
 
+    def require_inside(self, boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]) -> None:
+        """Refuse boxes that leave the opened image of `size`; raises `InputError` naming the record."""
+        try:
+            check_inside(boxes, size)
+        except ValueError as error:
+            raise InputError(f"{self.source}/{self.id}: {error}; mend it, or use on_bad: skip") from error
+
     @property
     def picture(self) -> str:
         """Which picture it shows: equal in two records of the same image."""

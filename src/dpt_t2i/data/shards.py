@@ -31,7 +31,7 @@ BLOCK = 512  # bytes of a tar block
 DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, OverflowError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TarImage:
     """A picture inside a shard on disk."""
 
@@ -49,7 +49,7 @@ class TarImage:
             return file.read(self.size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EncodedImage:
     """A picture as the bytes of its file."""
 

@@ -77,7 +77,7 @@ def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[R
             records = _keep(records[: -config.val_samples], lambda record: record.picture not in seen)
             records = _without_held_out(config, records)[: config.max_samples]
     if split == "val" and config.on_bad == "skip":
-        records = _keep(records, lambda record: _is_readable(record, faults))
+        records = _keep(records, lambda record: _is_usable(record, faults))
     if not records:
         raise InputError(f"data set `{config.dataset}`: no record of split `{split}` is left")
     _tell(split, count(records), faults)
@@ -192,9 +192,11 @@ def _keep(records: Sequence[Record], wanted: Callable[[Record], bool]) -> Sequen
     return Selection(records, [row for row, record in enumerate(records) if wanted(record)])
 
 
-def _is_readable(record: Record, faults: Faults) -> bool:
+def _is_usable(record: Record, faults: Faults) -> bool:
     try:
-        record.load_image()
+        size = record.load_image().size
+        for expression in record.expressions:
+            record.require_inside(expression.boxes, size)
         record.load_negative_image()
     except InputError as error:
         faults.report(f"{record.source}/{record.id}", str(error))

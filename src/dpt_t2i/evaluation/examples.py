@@ -46,7 +46,9 @@ def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExam
     """
     for record in records:
         expression = _expression_of(record)
-        square, boxes = fit_square(record.load_image(), expression.boxes if expression else (), resolution)
+        picture, keep = record.load_image(), expression.boxes if expression else ()
+        record.require_inside(keep, picture.size)
+        square, boxes = fit_square(picture, keep, resolution)
         hard = record.load_negative_image()
         negative = next(iter(record.negatives), None)
         yield EvalExample(

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from dpt_t2i.adapter.grounding_text import GroundingTextEncoder
-from dpt_t2i.backbones.interface import Backbone, OnTruncate
+from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.data.examples import Batch
 from dpt_t2i.errors import InputError
 from dpt_t2i.objectives.positions import positive_map
 from dpt_t2i.objectives.types import GroundingTargets
+from dpt_t2i.sampling.shares import gathered
 from dpt_t2i.training.cached import CachedEncodings
+
+log = logging.getLogger(__name__)
+
+SHOWN = 10  # cut texts that the log names; the run folder gets them all
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Encoder:
     ) -> None:
         self.backbone, self.num_token_classes, self.grounding = backbone, num_token_classes, grounding
         self.vae_batch_size, self.cached = vae_batch_size, cached
-        self._on_truncate: OnTruncate = "warn"  # of the first batch; a run of days need not repeat it
+        self.cut: dict[str, str] = {}  # texts over the encoder's limit -> what of them is not read
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Encoded:
@@ -77,6 +86,7 @@ class Encoder:
         rows = [torch.tensor([row[text] for text in column], device=device) for column in columns]
         states = self._text(texts) if self.cached is None else self.cached.text_of(texts, self._text)
         images = torch.cat([batch.images, batch.hard_images, batch.random_images])
+        self._note_cut(texts)
         tokens, mask, offsets = self._ground(batch.expressions, states, rows[3])
         return Encoded(
             latents=self._latents(images) if self.cached is None else self.cached.latents_of(images, self._latents),
@@ -95,9 +105,18 @@ class Encoder:
         )
 
     def _text(self, texts: Sequence[str]) -> TextStates:
-        states = self.backbone.encode_text(texts, self._on_truncate)
-        self._on_truncate = "ignore"
-        return states
+        return self.backbone.encode_text(texts, "ignore")
+
+    def _note_cut(self, texts: Sequence[str]) -> None:
+        """Keep the texts that are over the limit; the log names the first few of a run."""
+        for text, offsets in zip(texts, self.backbone.token_offsets(texts), strict=True):
+            end = max(end for _, end in offsets)
+            if end < len(text.rstrip()) and text not in self.cut:
+                self.cut[text] = text[end:].strip()
+                if len(self.cut) <= SHOWN:
+                    log.warning(
+                        "over the text encoder's %d tokens: cut is `%s` of `%s`", len(offsets), text[end:].strip(), text
+                    )
 
     def _latents(self, images: Tensor) -> Tensor:
         parts = (
@@ -122,3 +141,14 @@ class Encoder:
             except InputError as error:
                 raise InputError(f"record {batch.records[index]}, {batch.expressions[index]!r}: {error}") from error
         return GroundingTargets(boxes=batch.boxes, positive_map=tuple(maps))
+
+
+def report_cut(encoder: Encoder, folder: Path) -> None:
+    """Say how many of the texts that all processes saw were cut, and write which to `cut_texts.jsonl`."""
+    state = PartialState()
+    cut = dict(gathered(list(encoder.cut.items()), state))
+    if cut and state.is_main_process:
+        file = folder / "cut_texts.jsonl"
+        lines = [json.dumps({"text": text, "cut": lost}, ensure_ascii=False) for text, lost in sorted(cut.items())]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        log.warning("%d texts were over the text encoder's limit and cut; %s names them", len(cut), file)

@@ -13,6 +13,7 @@ from typing import Any
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.backbones.lora import load_lora
 from dpt_t2i.config import ProbeConfig
+from dpt_t2i.training.encode import report_cut
 from dpt_t2i.training.engine import Job, train
 from dpt_t2i.training.objective import ProbeObjective, weights_of
 from dpt_t2i.training.on_policy import OnPolicy
@@ -63,6 +64,7 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     )
     if setup.accelerator.is_main_process:
         save(config.folder)
+    report_cut(setup.encoder, config.folder)
     finish(setup)
     return result(config.folder, figures, config.train.best_metric)
 

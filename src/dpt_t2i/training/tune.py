@@ -18,6 +18,7 @@ from dpt_t2i.config import TuneConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import ema
 from dpt_t2i.training.ema import LoraAverage
+from dpt_t2i.training.encode import report_cut
 from dpt_t2i.training.engine import Job, train
 from dpt_t2i.training.objective import DenoiseObjective, TuneObjective, weights_of
 from dpt_t2i.training.on_policy import OnPolicy
@@ -99,6 +100,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     )
     if setup.accelerator.is_main_process:
         save(config.folder)
+    report_cut(setup.encoder, config.folder)
     finish(setup)
     return result(config.folder, figures, config.train.best_metric)
 
