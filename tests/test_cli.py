@@ -18,7 +18,7 @@ from dpt_t2i.errors import InputError
 COMMANDS = [
     "demo", "probe", "tune", "generate", "score", "import-official", "export", "doctor",
     "evaluate", "evaluate alignment", "evaluate itm", "evaluate rec",
-    "scenes", "scenes render", "scenes export", "data", "data cache", "data perturb",
+    "scenes", "scenes render", "scenes export", "data", "data cache", "data mine", "data perturb",
 ]  # fmt: skip
 
 

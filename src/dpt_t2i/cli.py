@@ -327,6 +327,7 @@ command(evaluate, "rec", settings.DiscriminationConfig, "dpt_t2i.evaluation.comm
 app.add_typer(scenes, name="scenes")
 app.add_typer(data, name="data")
 command(data, "cache", settings.CacheConfig, "dpt_t2i.training.cached:run_cache")
+command(data, "mine", settings.MineConfig, "dpt_t2i.training.mining:run_mine")
 command(data, "perturb", settings.PerturbConfig, "dpt_t2i.data.commands:run_perturb")
 command(
     app,
