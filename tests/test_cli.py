@@ -19,8 +19,8 @@ from dpt_t2i.errors import InputError, Stopped
 COMMANDS = [
     "demo", "probe", "tune", "generate", "score", "import-official", "export", "doctor",
     "evaluate", "evaluate alignment", "evaluate itm", "evaluate rec",
-    "scenes", "scenes render", "scenes export", "data", "data inspect", "data cache", "data perturb",
-    "runs", "runs compare",
+    "scenes", "scenes render", "scenes export",
+    "data", "data inspect", "data cache", "data mine", "data perturb", "runs", "runs compare",
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ CLASSES: dict[str, type[Section]] = {
     "import-official": settings.ImportOfficialConfig,
     "export": settings.ExportConfig,
     "cache": settings.CacheConfig,
+    "mine": settings.MineConfig,
     "perturb": settings.PerturbConfig,
     "doctor": settings.DoctorConfig,
 }

@@ -338,6 +338,7 @@ app.add_typer(scenes, name="scenes")
 app.add_typer(data, name="data")
 command(data, "cache", settings.CacheConfig, "dpt_t2i.training.cached:run_cache")
 command(data, "inspect", settings.InspectConfig, "dpt_t2i.data.inspection:run_inspect")
+command(data, "mine", settings.MineConfig, "dpt_t2i.training.mining:run_mine")
 command(data, "perturb", settings.PerturbConfig, "dpt_t2i.data.commands:run_perturb")
 app.add_typer(runs, name="runs")
 command(

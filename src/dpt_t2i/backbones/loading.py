@@ -165,7 +165,7 @@ def _load_pipeline(
     folder: Path, pipeline_class: str, options: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> Any:
     _check_files(folder)
-    with _quietly():
+    with quietly():
         import diffusers
 
         family = getattr(diffusers, pipeline_class)
@@ -182,7 +182,7 @@ def _load_pipeline(
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No progress bars for a load of seconds, and no notes about image processors that a T2I model never uses."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -184,6 +184,22 @@ class PerturbConfig(Section):
     seed: int = Field(0, ge=0, description="seed of the choice among the ways in which a rule applies")
 
 
+class MineConfig(Section):
+    """Mine hard negatives by an encoder: an imagefolder's own captions and images that come nearest."""
+
+    dataset: Path = Field(Path("runs/scenes"), description="imagefolder with metadata.jsonl, which is added to")
+    encoder: str = Field("bundled", description="`bundled`, or a folder or hub id of CLIP or SigLIP")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    top_k: Positive = Field(3, description="negatives of each image and of each caption")
+    duplicate_cosine: float = Field(
+        0.95, gt=0, le=1, description="two images, or two captions, above it are the same thing, and no negatives"
+    )
+    encode_batch_size: Positive = Field(32, description="images or texts in one pass: memory only")
+    output_dir: Path = Field(
+        Path("runs/mine"), description="folder of the embeddings, from which a stopped run goes on"
+    )
+
+
 class CacheConfig(Section):
     """Encode images and texts once for probe and tune; any number of processes may fill one cache."""
 

@@ -29,6 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpt_t2i.data.records import ImageSource, Record
+
 log = logging.getLogger(__name__)
 
 KEYS = "keys"  # column of each shard: [n, 16] uint8
@@ -177,6 +179,20 @@ def pixels_key(pixels: Tensor) -> Key:
 
 def text_key(text: str) -> Key:
     return _digest(text.encode())
+
+
+def record_key(record: Record) -> Key:
+    """Of a record without opening its images: of a file, its place, size and time of change stand for its content."""
+    files = tuple(map(_stamp, (record.image, record.negative_image, *record.more_negative_images)))
+    texts = (record.captions, record.expressions, tuple(negative.caption for negative in record.negatives))
+    return _digest(repr((record.source, record.id, files, texts)).encode())
+
+
+def _stamp(image: ImageSource | None) -> tuple[str, int, int] | None:
+    if not isinstance(image, Path):
+        return None
+    seen = image.stat()
+    return str(image.resolve()), seen.st_size, seen.st_mtime_ns
 
 
 @contextmanager

@@ -10,12 +10,14 @@ from typing import Any
 from accelerate import PartialState
 from PIL import Image
 
+from dpt_t2i.backbones.fingerprint import part_hashes
 from dpt_t2i.config import AlignmentConfig, DiscriminationConfig, ModelConfig, ScoreConfig
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.alignment import run_arms
 from dpt_t2i.evaluation.examples import HeldOut
 from dpt_t2i.evaluation.itm import itm_scores, itm_summary
+from dpt_t2i.evaluation.miner import miner_warnings
 from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
 from dpt_t2i.evaluation.rec import rec_oracle, rec_ranks, rec_summary
 from dpt_t2i.sampling.annotate import annotate
@@ -88,9 +90,10 @@ def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
     if not any("text" in accuracies or "image" in accuracies for accuracies in summary.values()):
         raise InputError(f"data set `{config.data.dataset}` has no hard negatives; give records with `negatives`")
     write_rows(config.output_dir / "itm_scores.jsonl", (asdict(row) for row in rows))
-    result = {"timesteps": summary} | _origin(config, len({row.id for row in rows}))
+    warnings = miner_warnings(Path(config.data.dataset), part_hashes(scorer.backbone.pipeline), "matching score")
+    result = {"timesteps": summary, "warnings": warnings} | _origin(config, len({row.id for row in rows}))
     write_json(config.output_dir / "itm.json", result)
-    return result | {"summary": _lines(summary, ("text", "image", "both"))}
+    return result | {"summary": [*_lines(summary, ("text", "image", "both")), *warnings]}
 
 
 def run_rec(config: DiscriminationConfig) -> dict[str, Any]:

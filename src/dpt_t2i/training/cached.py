@@ -20,9 +20,9 @@ from dpt_t2i.backbones.latents import draw_latents, encode_posterior
 from dpt_t2i.backbones.loading import load_backbone
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.config import CacheConfig, TrainDataConfig
-from dpt_t2i.data.cache import Cache, Columns, Key, Spec, content_key, fill, pixels_key, text_key
+from dpt_t2i.data.cache import Cache, Columns, Key, Spec, content_key, fill, pixels_key, record_key, text_key
 from dpt_t2i.data.perturb import perturb
-from dpt_t2i.data.records import ImageSource, Record
+from dpt_t2i.data.records import Record
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.data.transforms import fit_square, mirror, to_pixels
 from dpt_t2i.errors import InputError
@@ -211,23 +211,9 @@ def _texts(record: Record) -> list[str]:
 
 
 def _block_name(records: Sequence[Record], data: TrainDataConfig, size: int) -> str:
-    """Of all that decides which squares and texts a block has. Of a file, its place, size and time of change stand for
-    its content; where they deceive, training looks by content, finds nothing, and encodes."""
-    parts = [str((size, data.random_flip))]
-    for r in records:
-        parts += [repr((r.source, r.id, _identity(r.image), r.expressions, _texts(r), *map(_identity, _negatives(r))))]
-    return content_key(*(part.encode() for part in parts)).hex()
-
-
-def _negatives(record: Record) -> tuple[ImageSource | None, ...]:
-    return (record.negative_image, *record.more_negative_images)
-
-
-def _identity(image: ImageSource | None) -> tuple[str, int, int] | None:
-    if not isinstance(image, Path):
-        return None
-    seen = image.stat()
-    return str(image.resolve()), seen.st_size, seen.st_mtime_ns
+    """Of all that decides which squares and texts a block has. Where a record's key deceives, training looks by
+    content, finds nothing, and encodes."""
+    return content_key(str((size, data.random_flip)).encode(), *map(record_key, records)).hex()
 
 
 def _vocabularies(pipeline: Any) -> dict[str, str]:

@@ -1,0 +1,51 @@
+"""`dpt data mine`: the encoder, the folder, and what is written into it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from dpt_t2i.backbones.image_text import load_image_text
+from dpt_t2i.config import MineConfig
+from dpt_t2i.data.imagefolder import read_imagefolder, read_rows, write_rows
+from dpt_t2i.data.mine import RULE, add_mined, embed, nearest, write_mined
+from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.shares import processes
+
+log = logging.getLogger(__name__)
+
+
+def run_mine(config: MineConfig) -> dict[str, Any]:
+    """Write `mined.jsonl` and the negatives into the folder; several processes embed a part each, the main one writes.
+
+    Raises:
+        InputError: no such folder or encoder, fewer than two records, or a picture that cannot be read.
+    """
+    state = processes(config.device)
+    records, rows = read_imagefolder(config.dataset), read_rows(config.dataset)
+    if len(records) < 2:
+        raise InputError(f"{config.dataset} has one record; negatives are mined among several")
+    encoder = load_image_text(config.encoder, config.device)
+    share = (state.process_index, state.num_processes)
+    images, texts = embed(records, encoder, config.output_dir, config.encode_batch_size, share)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return {}
+    found = list(nearest(images, texts, config.top_k, config.duplicate_cosine))
+    settings = {"top_k": config.top_k, "duplicate_cosine": config.duplicate_cosine, "records": len(records)}
+    write_mined(config.dataset, encoder, settings, rows, found)
+    mined = add_mined(rows, found)
+    write_rows(config.dataset, mined)
+    captions = sum(negative["rule"] == RULE for row in mined for negative in row["negatives"])
+    bare = sum(not near.captions for near in found)
+    return {
+        "records": len(records),
+        "captions": captions,
+        "records_without": bare,
+        "encoder": encoder.name,
+        "fingerprint": dict(encoder.fingerprint),
+        "summary": [
+            f"{captions} captions mined for {len(records)} records by {encoder.name}; {bare} records have none: "
+            "all others count as duplicates",
+        ],
+    }
