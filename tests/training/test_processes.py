@@ -27,7 +27,7 @@ from dpt_t2i.training.tune import run_tune
 from tests.training import forked
 from tests.training.test_engine import Coded, Plane, job
 
-STEPS = 20
+STEPS, RATE = 20, 1e-3
 ARMS: dict[str, tuple[int, dict[str, int]]] = {  # the same 8 examples a step: processes, settings
     "one": (1, {"train_batch_size": 8, "gradient_accumulation_steps": 1}),
     "two": (2, {"train_batch_size": 4, "gradient_accumulation_steps": 1}),
@@ -66,7 +66,12 @@ def test_the_same_training_on_one_process_two_and_with_accumulation(
             torch.set_default_dtype(torch.float64)
             torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
             tune.set_up = in_double_precision  # type: ignore[assignment]
-        common = ARMS[name][1] | {"adapter": str(tmp_path / "probe"), "checkpointing_steps": 99, "val_samples": 2}
+        common = ARMS[name][1] | {
+            "adapter": str(tmp_path / "probe"),
+            "checkpointing_steps": 99,
+            "val_samples": 2,
+            "learning_rate": RATE,
+        }
         run_tune(tune_config(output_dir=str(tmp_path / name / precision), **common, max_train_steps=steps))
 
     for name, (world, _) in ARMS.items():
@@ -78,7 +83,7 @@ def test_the_same_training_on_one_process_two_and_with_accumulation(
     rows = train_rows(tmp_path / "one" / "float64")
     assert len(rows) == STEPS and {"loss_giou", "loss_mse", "grad_norm", "lr"} <= rows[0].keys()
     # cosine: 0 after the last step, wherever it runs
-    assert rows[-1]["lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * (STEPS - 1) / STEPS)) / 2)
+    assert rows[-1]["lr"] == pytest.approx(RATE * (1 + math.cos(math.pi * (STEPS - 1) / STEPS)) / 2)
     weights = all_weights(tmp_path / "one" / "float64")
     assert all(value.dtype == torch.float64 for value in weights.values())
     for other in ("two", "accumulated"):
@@ -86,7 +91,8 @@ def test_the_same_training_on_one_process_two_and_with_accumulation(
         got = train_rows(tmp_path / other / "float64")
         assert got == [pytest.approx(row, rel=1e-9) for row in rows], other
         far = {
-            name: float((value - weights[name]).norm() / weights[name].norm())
+            # What has no gradient but rounding (queries and keys over a single place) is measured against the rate.
+            name: float((value - weights[name]).abs().max() / weights[name].abs().max().clamp_min(RATE))
             for name, value in all_weights(tmp_path / other / "float64").items()
         }
         assert far.keys() == weights.keys() and max(far.values()) <= 1e-9, (other, max(far, key=lambda name: far[name]))
