@@ -158,6 +158,13 @@ def test_names_that_only_diffusers_knows_are_asked_of_it(tmp_path):
         read(tmp_path, strange, convert=fail)
 
 
+def test_a_text_encoders_key_is_refused_before_a_converter_may_drop_it(tmp_path):
+    """diffusers' reader of FLUX leaves `lora_te` keys out where the others have diffusers' names."""
+    with pytest.raises(InputError, match="`lora_te1_x.lora_down.weight` changes a text encoder") as caught:
+        read(tmp_path, pair() | {"lora_te1_x.lora_down.weight": DOWN}, convert=lambda _: pair())
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("tensors", "header", "message"),
     [
@@ -165,6 +172,8 @@ def test_names_that_only_diffusers_knows_are_asked_of_it(tmp_path):
         ({"unet.conv_in.weight": DOWN}, None, "`unet.conv_in.weight` is of no plain LoRA"),
         (pair() | {f"unet.{PATH}to_q.lora_magnitude_vector": DOWN}, None, "DoRA"),
         ({"lora_te_text_model_x.lora_down.weight": DOWN}, None, "changes a text encoder, which stays frozen"),
+        (pair() | {"text_encoder.x.lora_A.weight": DOWN}, None, "key `text_encoder.x.* changes a text encoder"),
+        (pair() | {"text_encoder_2.x.lora_linear_layer.up.weight": UP}, None, "give a LoRA of the denoiser alone"),
         ({"transformer.a.lora_A.weight": DOWN}, None, "is unknown to `tiny`; is it a LoRA of this family"),
         (pair(), {"unet.r": 8, "unet.lora_alpha": 8}, "has rank 2, its header says 8"),
         (pair() | {f"unet.{PATH}to_q.lora.up.weight": torch.ones(5, 3)}, None, "have ranks 2 and 3"),

@@ -30,6 +30,7 @@ from dpt_t2i.errors import InputError
 
 HEADER_KEY = "dpt"  # our entry of the header: config, base, versions
 DIFFUSERS_HEADER_KEY = "lora_adapter_metadata"
+TEXT_ENCODER_PREFIXES = ("text_encoder", "lora_te")
 KOHYA_PREFIXES = {"unet": "lora_unet"}  # DiT families have other names there, which diffusers reads
 
 _KEY = re.compile(
@@ -118,6 +119,12 @@ def layers_of(
         described: diffusers' entry of the header; without it, and without alphas among the tensors, alpha is the rank.
     """
     names = _names_of(parts)
+    for key in tensors:
+        if key.startswith(TEXT_ENCODER_PREFIXES):  # before a converter may leave it out
+            raise InputError(
+                f"{what}: key `{key}` changes a text encoder, which stays frozen here; "
+                "give a LoRA of the denoiser alone"
+            )
     if convert is not None and any(_owner(key) not in names for key in tensors):
         try:
             tensors = convert(dict(tensors))
@@ -202,16 +209,10 @@ def _by_module(tensors: Tensors, names: Mapping[str, str], what: str, base_name:
         if match is None:
             raise InputError(f"{what}: key `{key}` is of no plain LoRA; DoRA, LoHa, LoKr and biases are not read")
         if match["owner"] not in names:
-            raise InputError(f"{what}: key `{key}` is unknown to `{base_name}`{_why_unknown(key)}")
+            raise InputError(f"{what}: key `{key}` is unknown to `{base_name}`; is it a LoRA of this family?")
         half = match["half"] or match["alpha"] or {"A": "down", "B": "up"}[match["letter"]]
         found.setdefault(names[match["owner"]], {})[half] = value
     return found
-
-
-def _why_unknown(key: str) -> str:
-    if key.startswith(("text_encoder", "lora_te")):
-        return ": it changes a text encoder, which stays frozen here; give a LoRA of the denoiser alone"
-    return "; is it a LoRA of this family?"
 
 
 def _layer(
