@@ -13,6 +13,7 @@ import torch
 
 from dpt_t2i.data.cache import Cache, Spec, content_key, fill, pixels_key, text_key
 from dpt_t2i.data.transforms import to_pixels
+from dpt_t2i.errors import InputError
 from dpt_t2i.scenes.example import make_example
 from dpt_t2i.scenes.render import render
 
@@ -72,6 +73,13 @@ def test_another_spec_finds_nothing(tmp_path, change):
     Cache(tmp_path, SPEC).write(BLOCKS[0], *rows_of(0))
     assert len(Cache(tmp_path, replace(SPEC, **change))) == 0
     assert len(Cache(tmp_path, replace(SPEC, model="a moved folder"))) == 3
+
+
+def test_what_the_dtype_cannot_hold_is_refused(tmp_path):
+    cache = Cache(tmp_path, replace(SPEC, dtype="float16"))
+    with pytest.raises(InputError, match="beyond float16"):
+        cache.write(BLOCKS[0], [text_key("x")], {"value": torch.tensor([[70000.0]])})
+    assert not cache.has(BLOCKS[0])
 
 
 def test_a_key_is_of_the_content():

@@ -44,6 +44,7 @@ def test_a_rule_makes_what_a_person_would(rule, caption, expected):
     [
         ("swap_attributes", "a red circle and a blue disc"),  # one thing under two names: still true
         ("swap_attributes", "a red circle, a blue square, a blue circle and a red square"),  # all four are there
+        ("swap_attributes", "a small red circle and a blue circle"),  # the blue one may be small too
         ("swap_attributes", "a scarlet cup and a red plate"),
         ("swap_objects", "a cat and a dog"),
         ("swap_objects", "a cat next to a dog"),  # as true the other way round

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpt_t2i.data.records import ImageSource, Record
+from dpt_t2i.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -107,12 +108,20 @@ class Cache:
         return _open(self.folder / f"{block}.safetensors")
 
     def write(self, block: str, keys: Sequence[Key], columns: Columns) -> None:
-        """Add a shard in one move. Floats are stored in the spec's dtype."""
+        """Add a shard in one move. Floats are stored in the spec's dtype.
+
+        Raises:
+            InputError: a value is too large for that dtype.
+        """
         dtype = getattr(torch, self.spec.dtype)
         rows = {
             name: (column.to(dtype) if column.is_floating_point() else column).cpu().contiguous()
             for name, column in columns.items()
         }
+        if any(part.is_floating_point() and not part.isfinite().all() for part in rows.values()):
+            raise InputError(
+                f"{self.spec.kind} of {self.spec.model} go beyond {self.spec.dtype}; give a wider cache_dtype"
+            )
         rows[KEYS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, 16) if keys else _NONE
         self.folder.mkdir(parents=True, exist_ok=True)
         spec = self.folder / "spec.json"

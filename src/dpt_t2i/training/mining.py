@@ -45,7 +45,7 @@ def run_mine(config: MineConfig) -> dict[str, Any]:
         "encoder": encoder.name,
         "fingerprint": dict(encoder.fingerprint),
         "summary": [
-            f"{captions} captions mined for {len(records)} records by {encoder.name}; {bare} records have none: "
-            "all others count as duplicates",
+            f"{captions} captions mined for {len(records)} records by {encoder.name}; {bare} records have none, "
+            "all others being near-duplicates",
         ],
     }
