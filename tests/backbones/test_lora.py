@@ -204,7 +204,10 @@ KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.wei
             lambda t: t.update({KEY.replace("mid_block", "ghost_block"): t.pop(KEY)}),
             "made for base `tiny-0`: .*ghost_block",
         ),
-        (lambda t: t.update({KEY.replace("unet.", "text_encoder."): t[KEY].clone()}), "text_encoder.* is unknown"),
+        (
+            lambda t: t.update({KEY.replace("unet.", "text_encoder."): t[KEY].clone()}),
+            "text_encoder.* changes a text encoder",
+        ),
         (lambda t: t.pop(KEY), "incomplete"),
         (lambda t: t.update({KEY: torch.zeros(4, 99)}), "is 99 wide, `tiny-0` needs 32"),
         (lambda t: t[KEY].fill_(float("nan")), "NaN"),

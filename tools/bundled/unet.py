@@ -29,7 +29,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 CAPTION_DROPOUT = 0.1
 EXPRESSION_SHARE = 0.08  # of the captions are referring expressions, so that the denoiser knows their words
 EMA_DECAY = 0.998
-LATE = 0.6  # t = 1000 u ** LATE: at 0.6 two thirds of the steps are noisier than 500, where layout and colours are decided
+# t = 1000 u ** LATE: two thirds of the steps are noisier than 500, where layout and colours are decided.
+LATE = 0.6
 KEPT_AT = 0.8  # share of the samples after which the weights are kept aside
 SCHEDULE = {
     "beta_start": 0.00085,
