@@ -107,8 +107,8 @@ def lora_change(backbone: Backbone) -> float:
     """Norm of what the LoRA adds to the weights it sits on, over the norm of these weights: 0 = it does nothing."""
     added = own = 0.0
     for module in backbone.denoiser.modules():
-        if isinstance(module, BaseTunerLayer) and ADAPTER_NAME in module.lora_A:  # type: ignore[operator]
-            added += float(module.get_delta_weight(ADAPTER_NAME).float().square().sum())  # type: ignore[operator]
+        if isinstance(module, BaseTunerLayer) and ADAPTER_NAME in module.lora_A:
+            added += float(module.get_delta_weight(ADAPTER_NAME).float().square().sum())
             own += float(module.get_base_layer().weight.float().square().sum())
     return math.sqrt(added / own) if own else 0.0
 

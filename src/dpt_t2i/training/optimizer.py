@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -17,15 +17,15 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainConfig) ->
     Raises:
         InputError: `use_8bit_adam` without bitsandbytes.
     """
-    kind = _adamw_8bit() if settings.use_8bit_adam else torch.optim.AdamW
+    kind: Callable[..., torch.optim.Optimizer] = _adamw_8bit() if settings.use_8bit_adam else torch.optim.AdamW
     return kind(list(parameters), lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
 
 
-def _adamw_8bit() -> type[torch.optim.Optimizer]:
+def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise InputError(
             "use_8bit_adam needs bitsandbytes: pip install 'dpt-t2i[8bit]', or leave the flag out"
         ) from error
-    return AdamW8bit  # type: ignore[no-any-return]
+    return AdamW8bit

@@ -99,7 +99,9 @@ def best_step(held_out: Mapping[int, Mapping[str, float]], metric: str | None) -
         raise InputError(
             f"best_metric `{metric}` is no held-out figure of this run; there are {', '.join(sorted(known))}"
         )
-    sign = -1.0 if metric is not None and metric.startswith("loss") else 1.0
+    if metric is None:
+        return None
+    sign = -1.0 if metric.startswith("loss") else 1.0
     merits = {step: sign * row[metric] for step, row in held_out.items() if step > 0 and metric in row}
     return max(merits, key=lambda step: (merits[step], -step)) if merits else None
 
