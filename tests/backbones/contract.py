@@ -1,8 +1,4 @@
-"""What every family must keep, checked on a backbone of it.
-
-    @pytest.mark.parametrize("check", contract.CHECKS, ids=contract.name_of)
-    def test_contract(check, folder):
-        check(load_backbone(folder, device="cpu"))
+"""What every family must keep, checked on a backbone of it by `test_contract.py`.
 
 A check may change the backbone (it adds a LoRA, trains, casts), so each gets a fresh one.
 """

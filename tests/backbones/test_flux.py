@@ -29,16 +29,6 @@ def schnell(tmp_path_factory) -> Path:
     return save_flux(tmp_path_factory.mktemp("flux") / "schnell", guidance=False)
 
 
-@pytest.mark.parametrize("check", contract.CHECKS, ids=contract.name_of)
-def test_contract(check, dev):
-    check(load_backbone(dev, device="cpu"))
-
-
-@pytest.mark.slow
-def test_compiled(dev):
-    contract.compiled_gives_the_same_features(load_backbone(dev, device="cpu"))
-
-
 def test_packing_is_the_pipelines():
     latents = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
     tokens = pack(latents)

@@ -28,16 +28,6 @@ def without_t5(tmp_path_factory) -> Path:
     return save_sd3(tmp_path_factory.mktemp("sd3") / "no-t5", with_t5=False)
 
 
-@pytest.mark.parametrize("check", contract.CHECKS, ids=contract.name_of)
-def test_contract(check, folder):
-    check(load_backbone(folder, device="cpu"))
-
-
-@pytest.mark.slow
-def test_compiled(folder):
-    contract.compiled_gives_the_same_features(load_backbone(folder, device="cpu"))
-
-
 def test_widths_are_those_of_the_config(folder):
     backbone = load_backbone(folder, device="cpu")
     assert (backbone.latent_channels, backbone.vae_scale, backbone.image_size) == (16, 4, (32, 32))

@@ -12,8 +12,8 @@ from torch import Tensor
 from dpt_t2i.backbones import text as clip_text
 from dpt_t2i.backbones.flow_noising import flow_noising, resolution_shift
 from dpt_t2i.backbones.interface import OnTruncate
-from dpt_t2i.backbones.mmdit import check_patches, joint_block_taps
-from dpt_t2i.backbones.parts import PipelineParts, architecture_of, check_tokenizer
+from dpt_t2i.backbones.mmdit import JointParts, check_patches, joint_block_taps
+from dpt_t2i.backbones.parts import architecture_of, check_tokenizer
 from dpt_t2i.backbones.types import GUIDANCE, PipelineCall, TextStates
 from dpt_t2i.errors import InputError
 
@@ -33,7 +33,7 @@ ARCHITECTURE_KEYS = (
 TRAINING_GUIDANCE = 3.5  # what the denoiser is told where nobody samples: the default of diffusers' LoRA training
 
 
-class FluxBackbone(PipelineParts):
+class FluxBackbone(JointParts):
     """A diffusers `FluxPipeline` as a feature function; implements `Backbone`.
 
     Taps `double0..` and `single0..`: the image stream after each block. Latents are `[B, C, h, w]` outside and packed
@@ -44,7 +44,6 @@ class FluxBackbone(PipelineParts):
         InputError: a text encoder is missing, or a tokenizer cannot give character offsets.
     """
 
-    denoiser_key = "transformer"
     guidance_scale = 3.5  # an input of the denoiser, no classifier-free guidance
     pipeline_call = PipelineCall(
         timestep_scale=1000.0,  # FLUX counts time in 0..1
@@ -67,14 +66,6 @@ class FluxBackbone(PipelineParts):
         taps = joint_block_taps(stages, channels, PATCH)
         super().__init__(pipeline, name, taps, flow_noising(pipeline.scheduler, name))
         self._limit = clip_text.token_limit(pipeline.tokenizer, pipeline.text_encoder)
-
-    @property
-    def pooled_dim(self) -> int:
-        return int(self.config["pooled_projection_dim"])
-
-    @property
-    def text_dim(self) -> int:
-        return int(self.config["joint_attention_dim"])
 
     @property
     def latent_channels(self) -> int:

@@ -6,8 +6,23 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from dpt_t2i.backbones.parts import PipelineParts
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.errors import InputError
+
+
+class JointParts(PipelineParts):
+    """Parts of a pipeline whose `transformer` takes token states and a pooled vector, with widths by these names."""
+
+    denoiser_key = "transformer"
+
+    @property
+    def pooled_dim(self) -> int:
+        return int(self.config["pooled_projection_dim"])
+
+    @property
+    def text_dim(self) -> int:
+        return int(self.config["joint_attention_dim"])
 
 
 def joint_block_taps(stages: Mapping[str, tuple[str, int]], channels: int, stride: int) -> dict[str, Tap]:

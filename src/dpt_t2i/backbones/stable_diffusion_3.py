@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from dpt_t2i.backbones import text as clip_text
 from dpt_t2i.backbones.flow_noising import flow_noising, resolution_shift
 from dpt_t2i.backbones.interface import OnTruncate
-from dpt_t2i.backbones.mmdit import check_patches, joint_block_taps
-from dpt_t2i.backbones.parts import PipelineParts, architecture_of, check_tokenizer
+from dpt_t2i.backbones.mmdit import JointParts, check_patches, joint_block_taps
+from dpt_t2i.backbones.parts import architecture_of, check_tokenizer
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.errors import InputError
 
@@ -32,7 +32,7 @@ ARCHITECTURE_KEYS = (
 )
 
 
-class StableDiffusion3Backbone(PipelineParts):
+class StableDiffusion3Backbone(JointParts):
     """A diffusers `StableDiffusion3Pipeline` as a feature function; implements `Backbone`.
 
     Taps `block0..`: the image stream after each joint block. Texts are laid out as the pipeline does: the two CLIPs'
@@ -43,7 +43,6 @@ class StableDiffusion3Backbone(PipelineParts):
         InputError: a CLIP encoder is missing, or a tokenizer cannot give character offsets.
     """
 
-    denoiser_key = "transformer"
     guidance_scale = 7.0
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
@@ -58,14 +57,6 @@ class StableDiffusion3Backbone(PipelineParts):
         taps = joint_block_taps({"block": ("transformer_blocks", config.num_layers)}, channels, config.patch_size)
         super().__init__(pipeline, name, taps, flow_noising(pipeline.scheduler, name))
         self._limit = clip_text.token_limit(pipeline.tokenizer, pipeline.text_encoder)
-
-    @property
-    def pooled_dim(self) -> int:
-        return int(self.config["pooled_projection_dim"])
-
-    @property
-    def text_dim(self) -> int:
-        return int(self.config["joint_attention_dim"])
 
     def schedule(self, steps: int, height: int, width: int) -> dict[str, Any]:
         """Arguments of `FlowMatchEulerDiscreteScheduler.set_timesteps` for latents of height x width.
