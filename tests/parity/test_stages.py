@@ -16,6 +16,7 @@ from dpt_t2i.objectives.matcher import match_queries
 from dpt_t2i.objectives.positions import positive_map
 from dpt_t2i.training.engine import Job, _step
 from dpt_t2i.training.objective import ProbeObjective
+from dpt_t2i.training.windows import Feed
 from tests.parity.golden import SHARED, adapter, backbone, close, needs_shared, numbers, tensors
 from tests.parity.stages import (
     BOXES,
@@ -115,17 +116,18 @@ def test_losses_gradients_and_one_step(stage: int, tmp_path: Path) -> None:
 
 def _check_step(part, named, stage: int, folder: Path, gradients: dict[str, float]) -> None:  # type: ignore[no-untyped-def]
     golden = numbers("losses")[f"stage{stage}.itm_float32.adamw"]
+    train = TuneTrainConfig()
+    feed = Feed(encoder=None, examples=None, train=train, data=DataConfig(), caption_dropout=0.0, seed=0)  # type: ignore[arg-type]
     job = Job(
-        objective=part, weights=losses_of({}).weights, encoder=None, examples=None,  # type: ignore[arg-type]
-        train=TuneTrainConfig(), data=DataConfig(), caption_dropout=0.0, seed=0, output_dir=folder,
+        objective=part, weights=losses_of({}).weights, feed=feed, output_dir=folder,
         save_artifacts=lambda _: None, load_artifacts=lambda _: None, validate=dict,
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(named.values(), lr=job.train.learning_rate, weight_decay=job.train.adam_weight_decay)
-    assert (golden["lr"], golden["weight_decay"]) == (job.train.learning_rate, job.train.adam_weight_decay)
+    optimizer = torch.optim.AdamW(named.values(), lr=train.learning_rate, weight_decay=train.adam_weight_decay)
+    assert (golden["lr"], golden["weight_decay"]) == (train.learning_rate, train.adam_weight_decay)
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
-    terms, norm = _step(job, Accelerator(cpu=True), part, optimizer, [(encoded(), draw())], 0)
-    assert norm == pytest.approx(golden["norm_before_clip"], rel=1e-4)
-    assert terms["loss"] == pytest.approx(numbers("losses")[f"stage{stage}.itm_float32"]["loss"], rel=1e-4)
+    outcome = _step(job, Accelerator(cpu=True), part, optimizer, [(encoded(), draw())], 0)
+    assert outcome.norm == pytest.approx(golden["norm_before_clip"], rel=1e-4)
+    assert outcome.terms["loss"] == pytest.approx(numbers("losses")[f"stage{stage}.itm_float32"]["loss"], rel=1e-4)
     for name, parameter in named.items():
         moved = float((parameter.detach() - before[name]).norm())
         # Adam steps by lr * sign(g) at first: where g is rounding noise, so is the step. Softmax does
