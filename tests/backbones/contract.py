@@ -12,10 +12,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.loading import load_backbone
 from dpt_t2i.backbones.lora import add_lora, load_lora, lora_parameters, remove_lora, save_lora
 from dpt_t2i.backbones.types import Tap, TextStates
 
@@ -308,3 +310,21 @@ def stock_latents(pipeline: Any) -> Tensor:
         list(PROMPTS), num_inference_steps=2, latents=noise, output_type="latent", height=32, width=32
     ).images
     return made
+
+
+def stock_diffusers_reads_the_lora_file(folder: Path, tmp_path: Path) -> None:
+    """A transformer's LoRA file through diffusers' own loader gives our prediction, and comes off again."""
+    backbone = load_backbone(folder, device="cpu")
+    trained_lora(backbone, rank=2, alpha=3.0)
+    file = save_lora(backbone, tmp_path, {})
+    assert all(key.startswith("transformer.") and ".lora_" in key for key in load_file(file))
+    with torch.no_grad():
+        tuned, _ = backbone.predict(*inputs(backbone))
+    stock = load_backbone(folder, device="cpu")
+    stock.pipeline.load_lora_weights(tmp_path)
+    with torch.no_grad():
+        theirs, _ = stock.predict(*inputs(stock))
+        stock.pipeline.unload_lora_weights()
+        plain, _ = stock.predict(*inputs(stock))
+    torch.testing.assert_close(theirs, tuned, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(plain, tuned, atol=1e-2)

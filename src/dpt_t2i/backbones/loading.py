@@ -202,10 +202,11 @@ def quietly() -> Iterator[None]:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "model_index.json")
+    return read_json(folder / "model_index.json")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of a base model's folder; raises `InputError` naming it."""
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -222,13 +223,13 @@ def _check_files(folder: Path) -> None:
         if kind in ("unet", "transformer", "vae", "text_encoder"):
             _check_part(folder / name)
         elif kind == "scheduler":
-            _read_json(folder / name / "scheduler_config.json")
+            read_json(folder / name / "scheduler_config.json")
         elif kind == "tokenizer":
             _check_tokenizer(folder / name)
 
 
 def _check_part(part: Path) -> None:
-    _read_json(part / "config.json")
+    read_json(part / "config.json")
     weights = [file for file in sorted(part.glob("*")) if file.suffix in WEIGHT_SUFFIXES]
     if not weights:
         raise InputError(f"base model {part} holds no weights (*.safetensors); fetch it again")

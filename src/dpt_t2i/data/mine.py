@@ -57,7 +57,8 @@ def embed(
     """
     weights = content_key(*(f"{part} {digest}".encode() for part, digest in sorted(encoder.fingerprint.items()))).hex()
     cache = Cache(root, Spec("embeddings", encoder.name, weights, 0, "float32", "float32"))
-    bare = [replace(record, expressions=(), negatives=(), negative_image=None) for record in records]
+    nothing: dict[str, Any] = {"expressions": (), "negatives": (), "negative_image": None, "more_negative_images": ()}
+    bare = [replace(record, **nothing) for record in records]
     parts = [bare[at : at + BLOCK] for at in range(0, len(bare), BLOCK)]
     names = [content_key(*map(record_key, part)).hex() for part in parts]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import diffusers
 import torch
 from torch import nn
 
-from dpt_t2i.backbones.loading import base_folder
+from dpt_t2i.backbones.loading import base_folder, read_json
 from dpt_t2i.errors import InputError
 
 DENOISERS = ("unet", "transformer")  # by which names diffusers' pipelines call theirs
@@ -44,14 +43,14 @@ def look_at_base(name_or_path: str, revision: str | None = None) -> BaseModel:
         InputError: no such base, a config file missing or broken, or no denoiser that diffusers knows.
     """
     folder = base_folder(name_or_path, revision)
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     key = next((key for key in DENOISERS if index.get(key)), None)
     if key is None:
         raise InputError(f"{folder / 'model_index.json'} names no {' or '.join(DENOISERS)}: no text-to-image model")
-    config = _read_json(folder / key / "config.json")
+    config = read_json(folder / key / "config.json")
     place = Path(name_or_path).expanduser()
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
-    vae = _read_json(folder / "vae" / "config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    vae = read_json(folder / "vae" / "config.json")
     size = config.get("sample_size") or SAMPLE_SIZE
     height, width = (size, size) if isinstance(size, int) else size
     scale = 2 ** (len(vae.get("block_out_channels", ())) - 1)
@@ -77,11 +76,3 @@ def _on_meta(class_name: str, config: Mapping[str, Any], folder: Path) -> nn.Mod
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{folder / 'config.json'} does not fit {class_name}: {error}; fetch it again") from error
     return denoiser
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"base model file {file} is missing or broken ({error}); fetch it again") from error
-    return content
