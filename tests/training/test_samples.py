@@ -57,6 +57,16 @@ def test_samples_show_base_tuned_and_corrected(tmp_path):
     assert not np.array_equal(changed, tuned)
 
 
+def test_the_base_is_drawn_without_a_lora_that_is_grown_already(tmp_path):
+    """As in a run that goes on from a checkpoint: its first samples already have a LoRA."""
+    backbone = tiny_backbone()
+    add_lora(backbone, 2)
+    with torch.no_grad():
+        for parameter in lora_parameters(backbone):
+            parameter.fill_(0.3)
+    assert Samples(backbone, None, (), ["a star"], QUICK, tmp_path)(1)["image_change"] > 0
+
+
 def test_without_an_adapter_there_is_no_correction(tmp_path):
     backbone = tiny_backbone()
     add_lora(backbone, 2)
