@@ -17,13 +17,13 @@ PROMPTS = 6
 
 output = Path(sys.argv[1] if len(sys.argv) > 1 else "before_after.png")
 prompts = [numbered.prompt for numbered in open_suite("dev", 24)][::4][:PROMPTS]
+texts = [p.text for p in prompts]
+sampling = {"seeds": 0, "steps": 30, "guidance_scale": 4, "eta": 1}
 correction = {"correct": 0.02, "correction_rule": "relative"}
 rows = {
-    "base": dpt_t2i.load(lora="none").generate([p.text for p in prompts], seeds=0, steps=30, guidance_scale=4),
-    "DPT": dpt_t2i.load().generate([p.text for p in prompts], seeds=0, steps=30, guidance_scale=4),
-    "DPT + correction": dpt_t2i.load().generate(
-        [p.text for p in prompts], seeds=0, steps=30, guidance_scale=4, **correction
-    ),
+    "base": dpt_t2i.load(lora="none").generate(texts, **sampling),
+    "DPT": dpt_t2i.load().generate(texts, **sampling),
+    "DPT + correction": dpt_t2i.load().generate(texts, **sampling, **correction),
 }
 sheet = Image.new("RGB", (SIDE * len(prompts), (SIDE + TEXT) * len(rows) + TEXT), "white")
 draw = ImageDraw.Draw(sheet)

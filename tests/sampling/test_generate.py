@@ -40,14 +40,28 @@ def test_the_image_is_the_stock_pipelines_for_the_same_seed():
     assert made.score is None
 
 
-def test_batch_size_order_and_neighbours_change_nothing():
+def test_fresh_noise_in_each_step_is_the_stock_pipelines_too():
+    backbone = tiny_backbone()
+    made = list(generate(backbone, jobs_of(["a red circle"], [7, 8]), settings(eta=0.7)))
+    for image, seed in zip(made, (7, 8), strict=True):
+        stock = backbone.pipeline(
+            "a red circle", num_inference_steps=3, guidance_scale=3.0, eta=0.7, output_type="latent",
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]  # fmt: skip
+        torch.testing.assert_close(image.latents, stock, rtol=1e-4, atol=1e-4)
+    (plain,) = generate(backbone, jobs_of(["a red circle"], [7]), settings())
+    assert (plain.latents - made[0].latents).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_batch_size_order_and_neighbours_change_nothing(eta):
     backbone = tiny_backbone()
     jobs = jobs_of(PROMPTS, [0, 1, 2])
-    reference = {made.job: made for made in generate(backbone, jobs, settings(batch_size=8))}
+    reference = {made.job: made for made in generate(backbone, jobs, settings(batch_size=8, eta=eta))}
     assert list(reference) == jobs
-    for made in generate(backbone, jobs, settings(batch_size=4)):
+    for made in generate(backbone, jobs, settings(batch_size=4, eta=eta)):
         assert_same(made, reference[made.job])
-    for made in generate(backbone, jobs[::-2], settings(batch_size=1)):
+    for made in generate(backbone, jobs[::-2], settings(batch_size=1, eta=eta)):
         assert_same(made, reference[made.job])
     images = [made.image.tobytes() for made in reference.values()]
     assert len(set(images)) == len(images)

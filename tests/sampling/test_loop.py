@@ -42,6 +42,13 @@ def test_uncorrected_images_are_those_of_the_stock_pipeline(name, prediction_typ
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["euler", "dpm++", "unipc"])
+def test_eta_is_ddims_alone(name):
+    settings = SampleConfig(steps=2, scheduler=name, eta=0.5)
+    with pytest.raises(InputError, match="`eta` 0.5 is DDIM's, and this samples by .*; set `eta` to 0"):
+        sample(ConstantNoise(), states(1), states(1), torch.zeros(1, 4, 8, 8), settings, OFF)
+
+
 def test_guidance_1_needs_no_unconditional_pass():
     backbone = ConstantNoise()
     settings = SampleConfig(steps=3, guidance_scale=1.0)

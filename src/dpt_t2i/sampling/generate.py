@@ -20,7 +20,7 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.correct import Scorer
 from dpt_t2i.sampling.images import to_pil
 from dpt_t2i.sampling.loop import sample
-from dpt_t2i.sampling.noise import initial_noise
+from dpt_t2i.sampling.noise import seeded
 from dpt_t2i.sampling.scoring import Judge
 
 
@@ -91,8 +91,9 @@ def generate(
         texts = {job.prompt: texts.get(job.prompt) or backbone.encode_text([job.prompt]) for job in batch}
         text = TextStates.cat([texts[job.prompt] for job in batch])
         null = negative.select(torch.zeros(len(batch), dtype=torch.long, device=backbone.device))
-        noise = torch.stack([initial_noise(job.noise_seed, shape) for job in batch])
-        latents = sample(backbone, text, null, noise, settings, correction, scorer)
+        generators = [seeded(job.noise_seed) for job in batch]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        latents = sample(backbone, text, null, noise, settings, correction, scorer, generators=generators)
         with torch.no_grad():
             pixels = backbone.decode_image(latents)
         _check_finite(batch, latents, pixels)

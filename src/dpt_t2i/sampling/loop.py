@@ -9,8 +9,9 @@ the state is moved one step late, by the same amount of z, and the extra pass up
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ def sample(
     correction: CorrectionConfig,
     scorer: Scorer | None = None,
     on_step: Callable[[Step], None] | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Final latents `[B, C, h, w]` float32, ready for `decode_image`.
 
@@ -50,10 +52,12 @@ def sample(
         text, null: B texts of the conditional and of the unconditional branch.
         initial_latents: standard normal `[B, C, h, w]`.
         scorer: judges z_t; needed if `correction.correct` > 0, and a `PredictingScorer` if the correction is fused.
+        generators: B of them, one an image, for the noise of the steps; needed if `settings.eta` > 0.
 
     Raises:
-        InputError: numbers of latents, prompts and negative prompts that differ; correction without a scorer or
-            under `torch.inference_mode`, its gradient is not finite, or it is fused in mode `noise`.
+        InputError: `eta` with another sampler than DDIM; numbers of latents, prompts and negative prompts that differ;
+            correction without a scorer or under `torch.inference_mode`, its gradient is not finite, or it is fused in
+            mode `noise`.
     """
     _check(correction, scorer)
     if not len(initial_latents) == len(text) == len(null):
@@ -64,6 +68,7 @@ def sample(
     height, width = initial_latents.shape[-2:]
     scheduler = make_scheduler(backbone, settings.scheduler, settings.steps, (height, width))
     latents = initial_latents.to(backbone.device, torch.float32) * initial_scale(scheduler)
+    noising = _noising(scheduler, settings, generators)
     told, scale = _with_scale(text, guidance_of(backbone, settings))
     steps, fused = len(scheduler.timesteps), correction.correction_fused
     shift: Tensor | None = None  # [B, C, h, w] of z, found by a fused correction in the step before
@@ -82,7 +87,7 @@ def sample(
             prediction, shift, scores = _fused(z_state, timestep, told, null, scale, scorer, correction)
         else:
             prediction, shift = _guided(backbone, z_state, z_cond, timestep, told, null, scale), None
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False, **noising)[0]
         if on_step is not None:
             on_step(Step(index, float(timestep), latents, scores))
     return latents
@@ -97,6 +102,20 @@ def is_corrected(index: int, steps: int, correction: CorrectionConfig) -> bool:
     """Is step `index` of `steps` inside the corrected part of the schedule, and one of every k-th?"""
     inside = correction.correction_start <= index / steps < correction.correction_end
     return correction.correct > 0 and inside and index % correction.correction_every == 0
+
+
+def _noising(scheduler: Any, settings: SampleConfig, generators: Sequence[torch.Generator] | None) -> dict[str, Any]:
+    """What DDIM's steps are told of fresh noise (its `eta`; Song et al., 2021, eq. 16): nothing where there is none."""
+    if settings.eta == 0:
+        return {}
+    if type(scheduler).__name__ != "DDIMScheduler":
+        raise InputError(
+            f"`eta` {settings.eta:g} is DDIM's, and this samples by {type(scheduler).__name__}; set `eta` to 0, or "
+            "`scheduler` to ddim on a model that is not flow matching"
+        )
+    if generators is None:
+        raise ValueError("`eta` > 0 needs a generator for each image")
+    return {"eta": settings.eta, "generator": list(generators)}
 
 
 def _check(correction: CorrectionConfig, scorer: Scorer | None) -> None:

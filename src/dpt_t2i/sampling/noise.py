@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 
+def seeded(seed: int) -> torch.Generator:
+    """The generator of one image, on the CPU: its first draw is where the image starts, the next are the steps' noise,
+    in the order of diffusers' pipelines."""
+    return torch.Generator().manual_seed(seed)
+
+
 def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """The standard normal `shape` that an image starts from; as `torch.Generator().manual_seed(seed)` in diffusers."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    """The standard normal `shape` that the image of a seed starts from."""
+    return torch.randn(tuple(shape), generator=seeded(seed))
 
 
 def shared_noise(seed: int, draw: int, shape: Sequence[int]) -> Tensor:

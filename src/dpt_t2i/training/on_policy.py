@@ -85,7 +85,10 @@ class OnPolicy:
         self.backbone.denoiser.eval()
         side = items[0].pixels.shape[-1]
         sampling = SampleConfig(
-            steps=self.loss.on_policy_steps, guidance_scale=self.loss.on_policy_guidance, batch_size=16
+            steps=self.loss.on_policy_steps,
+            guidance_scale=self.loss.on_policy_guidance,
+            eta=self.loss.on_policy_eta,
+            batch_size=16,
         )
         jobs = [job for i, item in enumerate(items) for job in jobs_of([item.caption], [1_000_000 * current + i])]
         drawn = [made.image for made in generate(self.backbone, jobs, sampling, height=side, width=side)]

@@ -43,7 +43,9 @@ class Samples:
     ) -> None:
         self.backbone, self.adapter, self.taps, self.folder = backbone, adapter, taps, folder
         self.jobs = jobs_of(prompts, [0])
-        self.settings = SampleConfig(steps=settings.sample_steps, guidance_scale=settings.sample_guidance)
+        self.settings = SampleConfig(
+            steps=settings.sample_steps, guidance_scale=settings.sample_guidance, eta=settings.sample_eta
+        )
         self.strength = settings.sample_correct
         self._base: list[Image.Image] | None = None  # drawn once: it never changes
 
