@@ -37,7 +37,7 @@ def test_four_levels_down_and_up(pipeline):
 
 def test_different_captions_pool_differently(pipeline):
     assert pipeline.text_encoder.config.eos_token_id == pipeline.tokenizer.eos_token_id
-    texts = ["a red circle left of a blue square", "a blue square left of a red circle", "a photo of two stars"]
+    texts = ["a red circle left of a blue square", "a blue square left of a red circle", "a photo of two crosses"]
     ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
     pooled = torch.nn.functional.normalize(pipeline.text_encoder(ids).pooler_output, dim=-1)
     off_diagonal = (pooled @ pooled.T)[~torch.eye(3, dtype=torch.bool)]

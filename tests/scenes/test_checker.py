@@ -86,7 +86,7 @@ def test_touching_things_of_two_colours_stay_two():
     for _ in range(40):
         colors, shapes = rng.permutation(list(COLORS))[:2].tolist(), rng.choice(SHAPES, 2).tolist()
         a, b = (
-            SceneObject(s, c, "large", 0.3, 0.5, 0.34, 5.0, draw_shade(c, rng))
+            SceneObject(s, c, "large", 0.3, 0.5, 0.36, 5.0, draw_shade(c, rng))
             for s, c in zip(shapes, colors, strict=True)
         )
         b = replace(b, cx=b.cx + a.box[2] - b.box[0])
@@ -203,7 +203,7 @@ def test_a_broken_file_is_refused(monkeypatch):
 
 
 def test_a_verdict_tells_fact_by_fact():
-    circle = SceneObject("circle", "red", "small", 0.2, 0.5, 0.22, 0.0, COLORS["red"])
+    circle = SceneObject("circle", "red", "small", 0.2, 0.5, 0.26, 0.0, COLORS["red"])
     square = SceneObject("square", "blue", "large", 0.7, 0.5, 0.36, 0.0, COLORS["blue"])
     image = render(Scene((circle, square), FLAT))
     left = Fact("relation", Phrase("circle"), relation="left", other=Phrase("square", "blue"))

@@ -3,9 +3,9 @@ import pytest
 from dpt_t2i.scenes.facts import Fact, Phrase, Seen, judge
 
 RED_CIRCLE = Seen("circle", "red", "small", (0.1, 0.1, 0.3, 0.3))
-RED_STAR = Seen("star", "red", "large", (0.6, 0.1, 0.9, 0.4))
+RED_CROSS = Seen("cross", "red", "large", (0.6, 0.1, 0.9, 0.4))
 BLUE_CIRCLE = Seen("circle", "blue", "large", (0.1, 0.6, 0.4, 0.9))
-ALL = (RED_CIRCLE, RED_STAR, BLUE_CIRCLE)
+ALL = (RED_CIRCLE, RED_CROSS, BLUE_CIRCLE)
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ ALL = (RED_CIRCLE, RED_STAR, BLUE_CIRCLE)
         (Phrase("circle"), [True, False, True]),
         (Phrase("circle", "red"), [True, False, False]),
         (Phrase("circle", size="large"), [False, False, True]),
-        (Phrase("star", "red", "small"), [False, False, False]),
+        (Phrase("cross", "red", "small"), [False, False, False]),
     ],
 )
 def test_a_phrase_matches_what_it_names(phrase, hits):
@@ -36,13 +36,13 @@ def test_a_count_is_exact(count, holds):
 @pytest.mark.parametrize(
     ("first", "relation", "second", "holds"),
     [
-        (Phrase("circle", "red"), "left", Phrase("star"), True),
-        (Phrase("star"), "right", Phrase("circle", "red"), True),
-        (Phrase("star"), "left", Phrase("circle", "red"), False),
+        (Phrase("circle", "red"), "left", Phrase("cross"), True),
+        (Phrase("cross"), "right", Phrase("circle", "red"), True),
+        (Phrase("cross"), "left", Phrase("circle", "red"), False),
         (Phrase("circle"), "above", Phrase("circle"), True),  # the red one above the blue one
         (Phrase("circle", "red"), "above", Phrase("circle", "red"), False),  # nothing is above itself
         (Phrase("circle", "blue"), "below", Phrase("circle"), True),
-        (Phrase("square"), "left", Phrase("star"), False),
+        (Phrase("square"), "left", Phrase("cross"), False),
     ],
 )
 def test_relations(first, relation, second, holds):
@@ -50,7 +50,7 @@ def test_relations(first, relation, second, holds):
 
 
 def test_a_prompt_is_right_when_all_its_facts_are():
-    right, wrong = Fact("exists", Phrase("star", "red")), Fact("exists", Phrase("cross"))
+    right, wrong = Fact("exists", Phrase("cross", "red")), Fact("exists", Phrase("triangle"))
     verdict = judge([right, wrong], ALL)
     assert verdict.facts == ((right, True), (wrong, False)) and not verdict.correct
     assert judge([right], ALL).correct
@@ -58,20 +58,20 @@ def test_a_prompt_is_right_when_all_its_facts_are():
 
 
 def test_extra_objects_are_allowed_and_counted():
-    assert judge([Fact("exists", Phrase("star"))], ALL).extra_objects == 2
+    assert judge([Fact("exists", Phrase("cross"))], ALL).extra_objects == 2
     assert judge([Fact("count", Phrase("circle"), count=2)], ALL).extra_objects == 1
-    assert judge([Fact("count", Phrase("circle"), count=4)], ALL).extra_objects == 1  # the star
+    assert judge([Fact("count", Phrase("circle"), count=4)], ALL).extra_objects == 1  # the cross
     # Each thing stands for one claim: the plain claim leaves the red circle to the one that needs it.
     claims = [Fact("exists", Phrase("circle")), Fact("exists", Phrase("circle", "red"))]
     assert judge(claims, ALL).extra_objects == 1
     assert judge(claims, [RED_CIRCLE]).extra_objects == 0
-    two = [Fact("exists", Phrase("circle", "red")), Fact("exists", Phrase("star"))]
-    side = Fact("relation", Phrase("circle", "red"), relation="left", other=Phrase("star"))
+    two = [Fact("exists", Phrase("circle", "red")), Fact("exists", Phrase("cross"))]
+    side = Fact("relation", Phrase("circle", "red"), relation="left", other=Phrase("cross"))
     assert judge([*two, side], ALL).extra_objects == 1  # a side asks for nothing more
 
 
 def test_facts_in_words():
     small = Phrase("circle", "red", "small")
     assert str(Fact("exists", small)) == "there is a small red circle"
-    assert str(Fact("count", Phrase("star"), count=3)) == "there are exactly 3 of star"
-    assert str(Fact("relation", small, relation="below", other=Phrase("star"))) == "small red circle is below star"
+    assert str(Fact("count", Phrase("cross"), count=3)) == "there are exactly 3 of cross"
+    assert str(Fact("relation", small, relation="below", other=Phrase("cross"))) == "small red circle is below cross"

@@ -9,7 +9,7 @@ from dpt_t2i.scenes.plans import TRAINING_MIX, draw_plan, near_plans
 from tests.scenes import reading
 
 ALL = (*CATEGORIES, "several")
-RED_CIRCLE, BLUE_STAR = Mention(Phrase("circle", "red")), Mention(Phrase("star", "blue"))
+RED_CIRCLE, BLUE_TRIANGLE = Mention(Phrase("circle", "red")), Mention(Phrase("triangle", "blue"))
 
 
 def test_the_mix_is_a_share_of_each_category():
@@ -74,22 +74,30 @@ def near(plan: Plan) -> dict[str, set[str]]:
 
 
 def test_negatives_of_a_side_by_hand():
-    red_cross, blue_star = Mention(Phrase("cross", "red")), BLUE_STAR
-    rules = near(Plan("position", (red_cross, blue_star), relation="left"))
-    assert rules["flip_relation"] == {"a red cross right of a blue star"}
-    assert rules["swap_objects"] == {"a blue star left of a red cross"}
-    assert "swap_colors" not in rules  # a red star is held out
-    assert "a yellow cross left of a blue star" in rules["replace_color"]
-    assert "a green cross left of a blue star" not in rules["replace_color"]  # held out
-    assert "a red triangle left of a blue star" in rules["replace_shape"]
-    assert "a red circle left of a blue star" not in rules["replace_shape"]  # a circle left of a star is held out
+    red_triangle, yellow_cross = Mention(Phrase("triangle", "red")), Mention(Phrase("cross", "yellow"))
+    rules = near(Plan("position", (red_triangle, yellow_cross), relation="left"))
+    assert rules["flip_relation"] == {"a red triangle right of a yellow cross"}
+    assert rules["swap_objects"] == {"a yellow cross left of a red triangle"}
+    assert "swap_colors" not in rules  # a yellow triangle is held out
+    # Each colour but its own and the held-out one: no white triangle, no green cross.
+    others = {f"{article} triangle" for article in ("an orange", "a green", "a blue", "a purple", "a black")}
+    beside = {f"{article} cross" for article in ("a red", "an orange", "a blue", "a purple", "a black", "a white")}
+    assert rules["replace_color"] == {f"{other} left of a yellow cross" for other in others} | {
+        f"a red triangle left of {other}" for other in beside
+    }
+    # No square: one left of a cross and one right of a triangle are held out. No yellow triangle.
+    assert rules["replace_shape"] == {
+        "a red circle left of a yellow cross",
+        "a red cross left of a yellow cross",
+        "a red triangle left of a yellow circle",
+    }
 
 
 def test_negatives_of_two_colours_by_hand():
-    rules = near(Plan("color_attribution", (Mention(Phrase("circle", "green")), BLUE_STAR)))
+    rules = near(Plan("color_attribution", (Mention(Phrase("circle", "green")), BLUE_TRIANGLE)))
     assert "swap_colors" not in rules  # a blue circle is held out
-    rules = near(Plan("color_attribution", (Mention(Phrase("circle", "green")), Mention(Phrase("star", "white")))))
-    assert rules["swap_colors"] == {"a white circle and a green star"}
+    rules = near(Plan("color_attribution", (Mention(Phrase("circle", "green")), Mention(Phrase("square", "white")))))
+    assert rules["swap_colors"] == {"a white circle and a green square"}
     same = Plan("color_attribution", (RED_CIRCLE, Mention(Phrase("circle", "green"))))
     assert "swap_colors" not in near(same)  # it would say the same again
     assert "a green circle and a green circle" not in near(same)["replace_color"]

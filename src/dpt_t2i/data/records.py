@@ -21,7 +21,7 @@ class Expression:
 
     text: str
     spans: tuple[tuple[int, int], ...]  # character ranges [start, end) of `text` that name the boxes
-    boxes: tuple[tuple[float, float, float, float], ...]  # xywh in pixels; several for "the two stars"
+    boxes: tuple[tuple[float, float, float, float], ...]  # xywh in pixels; several for "the two crosses"
 
 
 @dataclass(frozen=True, slots=True)

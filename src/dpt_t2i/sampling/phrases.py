@@ -31,7 +31,7 @@ class Phrase:
 
 
 def split_phrases(prompt: str) -> list[Phrase]:
-    """ "a photo of two red circles left of a star" -> "red circles", "star". A prompt in which nothing is left is one
+    """ "a photo of two red circles left of a cross" -> "red circles", "cross". A prompt in which nothing is left is one
     phrase."""
     opening = PICTURE.match(prompt)
     start, found = opening.end() if opening else 0, []

@@ -15,7 +15,7 @@ from dpt_t2i.scenes.world import COLORS, LARGE_FROM
 
 LEAST_SIDE = 32  # pixels
 READING_SIDE = 96  # larger images are made this small first
-EXTENTS_SEEN = (0.13, 0.56)  # a thing outside this range is none of the world's (0.2 to 0.4)
+EXTENTS_SEEN = (0.13, 0.56)  # a thing outside this range is none of the world's (0.24 to 0.44)
 HUE_REACH = 30  # degrees around a colour's hue
 SOLID = 0.7  # how far a shade must lie from the ground towards its colour: drawn ones 0.8 or more, a half-faded one 0.5
 

@@ -26,7 +26,6 @@ SHAPE_WORDS: dict[str, tuple[tuple[str, str], ...]] = {  # (singular, plural); t
     "circle": (("circle", "circles"), ("disc", "discs")),
     "square": (("square", "squares"), ("box", "boxes")),
     "triangle": (("triangle", "triangles"),),
-    "star": (("star", "stars"),),
     "cross": (("cross", "crosses"), ("plus sign", "plus signs")),
 }
 COLOR_WORDS: dict[str, tuple[str, ...]] = {

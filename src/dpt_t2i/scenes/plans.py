@@ -14,13 +14,13 @@ from dpt_t2i.scenes.world import COLORS, HELD_OUT_RELATIONS, OPPOSITE, RELATIONS
 
 # Share of each category in training; harder categories are shown more.
 TRAINING_MIX: dict[Category, float] = {
-    "single_object": 0.07,
-    "colors": 0.09,
-    "two_objects": 0.12,
-    "color_attribution": 0.25,
-    "position": 0.25,
-    "counting": 0.14,
-    "several": 0.08,
+    "single_object": 0.11,
+    "colors": 0.08,
+    "two_objects": 0.20,
+    "color_attribution": 0.20,
+    "position": 0.22,
+    "counting": 0.13,
+    "several": 0.06,
 }
 
 

@@ -99,7 +99,7 @@ def _by_neighbour(phrase: Phrase, index: int, seen: Sequence[Seen], rng: Generat
 
 
 def _of_all(seen: Sequence[Seen], rng: Generator) -> list[Referring]:
-    """ "the two stars": every thing of a kind, where there are several."""
+    """ "the two crosses": every thing of a kind, where there are several."""
     found = []
     for phrase in {p: None for s in seen for p in _phrases(s)[:2]}:
         hits = [s for s in seen if phrase.matches(s)]

@@ -36,8 +36,8 @@ GROUND_VALUE = (92, 204)  # a ground has 107 to 189
 LEAST_GROUND = 0.25  # of the image; what has less is no scene
 GROUND_BLUR = 0.05  # sigma, fraction of the side: a stripe is 0.2 wide, so its brightness is followed half-way
 DULL = 40  # chroma below which a bright or dark pixel is white or black
-THIN = 0.02  # inscribed radius, fraction of the side; the thinnest real part is the small cross's arm, 0.033
-SPECK = 0.004  # area of a core, fraction of the image; the smallest real thing, a small star, has 0.015
+THIN = 0.02  # inscribed radius, fraction of the side; the thinnest real part is the small cross's arm, 0.040
+SPECK = 0.004  # area of a core, fraction of the image; the smallest real thing, a small triangle, has 0.028
 REACH = 0.04  # how far beyond its core a thing's edge is looked for, fraction of the side
 
 

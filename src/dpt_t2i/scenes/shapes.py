@@ -19,12 +19,12 @@ from dpt_t2i.scenes.segment import Floats, firm
 from dpt_t2i.scenes.world import SHAPES, Box, unit_outline
 
 GRID = 28  # cells across the common grid
-SPAN = 2.4  # its width in units of the root of the shape's area; the star is 1.77 wide
+SPAN = 2.4  # its width in units of the root of the shape's area; the triangle's tip lies 0.89 from its centre of mass
 TURNS = tuple(range(-15, 16, 3))  # degrees; things are drawn within 12
-BLURS = (0.02, 0.05, 0.08, 0.11, 0.15, 0.2)  # sigma in units of extent; 0.1 is 1.4 pixels on a small thing at 64
-LEAST_FIT = 0.9  # overlap with the best template; drawn things have 0.97 or more, and 0.9 or more if stretched by 1.15
-USUAL = (0.175, 0.45)  # extents, fractions of the side, that the world draws (0.2 to 0.4), and a little beyond
-UNUSUAL_COST = 0.015  # of overlap; it tells a small star with blurred arms from a circle smaller than any
+BLURS = (0.02, 0.05, 0.08, 0.11, 0.15, 0.2)  # sigma in units of extent; 0.1 is 1.7 pixels on a small thing at 64
+LEAST_FIT = 0.9  # overlap with the best template; drawn things have 0.97 or more, and 0.94 or more if stretched by 1.15
+USUAL = (0.21, 0.49)  # extents, fractions of the side, that the world draws (0.24 to 0.44), and a little beyond
+UNUSUAL_COST = 0.015  # of overlap; it tells a small cross with worn arms from a circle smaller than any
 LEAST_LEAD = (0.004, 0.3)  # the best of another shape is worse by this much, and by this share of the best one's misfit
 
 
