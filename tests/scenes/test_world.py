@@ -130,3 +130,10 @@ def test_a_scene_is_held_out_for_what_nobody_mentions():
     mirrored = [thing("triangle", "red", 0.8, 0.5), thing("square", "blue", 0.2, 0.5)]
     assert not scene_held_out(Scene(tuple(mirrored), GREY))
     assert scene_held_out(Scene((*mirrored, thing("cross", "green", 0.5, 0.9)), GREY))  # a green cross
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_box_is_the_bounds_of_the_outline_to_the_last_bit(shape: str) -> None:
+    for rotation in (-11.3, 0.0, 7.9):
+        drawn = SceneObject(shape, "red", "small", 0.31, 0.67, 0.213, rotation, COLORS["red"])
+        assert drawn.box == (*drawn.outline.min(axis=0), *drawn.outline.max(axis=0))

@@ -12,6 +12,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def attend(attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What `attention(queries, keys, values)[0]` gives, without the module's way through sequence-first layouts.
+
+    Args:
+        queries: `[B, Q, d]`, or `[1, Q, d]` where all images ask the same, which is then projected once.
+        keys, values: `[B, N, d]`.
+
+    Returns:
+        `[B, Q, d]`.
+    """
+    parts = zip(
+        (queries, keys, values), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
+    )
+    query, key, value = (
+        F.linear(states, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for states, weight, bias in parts
+    )  # [B, heads, Q | N, d / heads]
+    dropout = attention.dropout if attention.training else 0.0
+    query = query.expand(len(key), -1, -1, -1)
+    attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    result: Tensor = attention.out_proj(attended.transpose(1, 2).flatten(2))
+    return result
+
+
 class EncoderLayer(nn.Module):
     def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -25,7 +49,7 @@ class EncoderLayer(nn.Module):
     def forward(self, source: Tensor, positions: Tensor) -> Tensor:
         """`source`, `positions`: `[B, N, d]` -> `[B, N, d]`."""
         located = source + positions
-        attended = self.self_attn(located, located, source, need_weights=False)[0]
+        attended = attend(self.self_attn, located, located, source)
         source = self.norm1(source + self.dropout(attended))
         update = self.linear2(self.dropout(F.relu(self.linear1(source))))
         result: Tensor = self.norm2(source + self.dropout(update))
@@ -47,15 +71,15 @@ class DecoderLayer(nn.Module):
     def forward(
         self, target: Tensor, memory: Tensor, positions: Tensor, queries: Tensor, read: int | None = None
     ) -> Tensor:
-        """`target`, `queries`: `[B, Q, d]`; `memory`, `positions`: `[B, N, d]` -> `[B, Q, d]`.
+        """`target`, `queries`: `[B, Q, d]` or `[1, Q, d]`; `memory`, `positions`: `[B, N, d]` -> `[B, Q, d]`.
 
         With `read` only the first `read` queries are worked out, `[B, read, d]`; they attend to all Q as before.
         """
         located = target + queries
-        attended = self.self_attn(located[:, :read], located, target, need_weights=False)[0]
+        attended = attend(self.self_attn, located[:, :read], located, target)
         target, queries = target[:, :read], queries[:, :read]
         target = self.norm1(target + self.dropout(attended))
-        attended = self.multihead_attn(target + queries, memory + positions, memory, need_weights=False)[0]
+        attended = attend(self.multihead_attn, target + queries, memory + positions, memory)
         target = self.norm2(target + self.dropout(attended))
         update = self.linear2(self.dropout(F.relu(self.linear1(target))))
         result: Tensor = self.norm3(target + self.dropout(update))
@@ -67,6 +91,7 @@ class Transformer(nn.Module):
         self, dim: int, num_heads: int, dim_feedforward: int, enc_layers: int, dec_layers: int, dropout: float
     ) -> None:
         super().__init__()
+        self.dropout = dropout
         sizes = (dim, num_heads, dim_feedforward, dropout)
         self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(enc_layers))
         self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(dec_layers))
@@ -89,7 +114,9 @@ class Transformer(nn.Module):
         """
         for layer in self.encoder:
             source = layer(source, positions)
-        queries = queries.expand(source.shape[0], -1, -1)
+        # The queries tell no image from another before they have looked at one. Dropout does.
+        alike = not (self.training and self.dropout)
+        queries = queries.expand(1 if alike else len(source), -1, -1)
         target = torch.zeros_like(queries, dtype=source.dtype)
         *inner, last = self.decoder
         for layer in inner:

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.random import Generator
 
-from dpt_t2i.scenes.facts import Fact, Phrase, judge, seen_in
-from dpt_t2i.scenes.language import Caption, Category, Plan, caption
+from dpt_t2i.scenes.facts import Fact, Phrase, seen_in
+from dpt_t2i.scenes.language import Caption, Category, Plan, caption, facts_of
 from dpt_t2i.scenes.layout import clearly, draw_object, draw_scene, draw_shade, fits
 from dpt_t2i.scenes.plans import TRAINING_MIX, draw_plan, near_plans
 from dpt_t2i.scenes.referring import Referring, refer
@@ -76,12 +76,13 @@ def stage(plan: Plan, rng: Generator, base: Scene | None = None) -> Scene | None
     phrases = _cast(plan, rng)
     relation = plan.relation
     scene = draw_scene(phrases, rng, relation, base.background if base else None)
-    return scene if scene is not None and true_of(caption(plan).facts, scene) else None
+    return scene if scene is not None and true_of(facts_of(plan), scene) else None
 
 
 def true_of(facts: Sequence[Fact], scene: Scene) -> bool:
     """Whether claims hold in a drawn scene."""
-    return judge(facts, seen_in(scene)).correct
+    seen = seen_in(scene)
+    return all(fact.holds(seen) for fact in facts)
 
 
 def _cast(plan: Plan, rng: Generator) -> list[Phrase]:
@@ -111,7 +112,7 @@ def _restage(plan: Plan, base: Scene, rng: Generator) -> Scene | None:
         if not clearly(plan.relation, objects[0], objects[1]):
             return None
     scene = Scene(tuple(objects), base.background)
-    return scene if fits(objects) and true_of(caption(plan).facts, scene) else None
+    return scene if fits(objects) and true_of(facts_of(plan), scene) else None
 
 
 def _recast(thing: SceneObject, phrase: Phrase, rng: Generator) -> SceneObject:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import lru_cache
 
 from numpy.random import Generator
 
@@ -23,6 +23,7 @@ from dpt_t2i.scenes.world import (
     SceneObject,
     pair_held_out,
     relation_between,
+    unit_box,
 )
 
 BORDER = 0.03  # free margin of the image, fraction of the side
@@ -32,14 +33,14 @@ CLEAR = 1.3  # a relation that a caption tells has its axis longer than the othe
 
 def random_phrase(rng: Generator, *, held_out: bool = False, shapes: Sequence[str] = SHAPES) -> Phrase:
     """A coloured shape, from the training split or from the held-out one."""
-    pairs = [(c, s) for c in COLORS for s in shapes if pair_held_out(c, s) == held_out]
+    pairs = _pairs(tuple(shapes), held_out)
     color, shape = pairs[int(rng.integers(len(pairs)))]
     return Phrase(shape, color)
 
 
 def draw_shade(color: str, rng: Generator) -> tuple[int, int, int]:
     """A shade of a named colour: hue within 5 degrees, saturation and value within 0.06."""
-    h, s, v = colorsys.rgb_to_hsv(*(channel / 255 for channel in COLORS[color]))
+    h, s, v = _hsv(color)
     if s > 0.2:
         h += rng.uniform(-5, 5) / 360
         s = min(1.0, s + rng.uniform(-0.06, 0.06))
@@ -68,23 +69,20 @@ def draw_object(phrase: Phrase, rng: Generator) -> SceneObject:
     size = phrase.size or SIZES[int(rng.integers(2))]
     color = phrase.color
     if color is None:
-        allowed = [c for c in COLORS if not pair_held_out(c, phrase.shape)]
+        allowed = _training_colors(phrase.shape)
         color = allowed[int(rng.integers(len(allowed)))]
-    at_origin = SceneObject(
+    extent, rotation = rng.uniform(*EXTENTS[size]), rng.uniform(-12, 12)
+    shade = draw_shade(color, rng)
+    x0, y0, x1, y1 = (extent * edge for edge in unit_box(phrase.shape, rotation))
+    return SceneObject(
         shape=phrase.shape,
         color=color,
         size=size,
-        cx=0.0,
-        cy=0.0,
-        extent=float(rng.uniform(*EXTENTS[size])),
-        rotation=float(rng.uniform(-12, 12)),
-        rgb=draw_shade(color, rng),
-    )
-    x0, y0, x1, y1 = at_origin.box
-    return replace(
-        at_origin,
-        cx=float(rng.uniform(BORDER - x0, 1 - BORDER - x1)),
-        cy=float(rng.uniform(BORDER - y0, 1 - BORDER - y1)),
+        cx=rng.uniform(BORDER - x0, 1 - BORDER - x1),
+        cy=rng.uniform(BORDER - y0, 1 - BORDER - y1),
+        extent=extent,
+        rotation=rotation,
+        rgb=shade,
     )
 
 
@@ -142,6 +140,21 @@ def _place(
 
 def _close(a: Box, b: Box) -> bool:
     return a[0] - GAP < b[2] and b[0] - GAP < a[2] and a[1] - GAP < b[3] and b[1] - GAP < a[3]
+
+
+@lru_cache
+def _pairs(shapes: tuple[str, ...], held_out: bool) -> list[tuple[str, str]]:
+    return [(color, shape) for color in COLORS for shape in shapes if pair_held_out(color, shape) == held_out]
+
+
+@lru_cache
+def _training_colors(shape: str) -> list[str]:
+    return [color for color in COLORS if not pair_held_out(color, shape)]
+
+
+@lru_cache
+def _hsv(color: str) -> tuple[float, float, float]:
+    return colorsys.rgb_to_hsv(*(channel / 255 for channel in COLORS[color]))
 
 
 def _rgb(h: float, s: float, v: float) -> tuple[int, int, int]:

@@ -83,8 +83,13 @@ class SceneObject:
     @cached_property
     def box(self) -> Box:
         """Tight xyxy box of the outline, fractions of the side."""
-        (x0, y0), (x1, y1) = self.outline.min(axis=0), self.outline.max(axis=0)
-        return (float(x0), float(y0), float(x1), float(y1))
+        x0, y0, x1, y1 = unit_box(self.shape, self.rotation)
+        return (
+            x0 * self.extent + self.cx,
+            y0 * self.extent + self.cy,
+            x1 * self.extent + self.cx,
+            y1 * self.extent + self.cy,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,14 @@ def unit_outline(shape: str, rotation: float = 0.0) -> NDArray[np.float64]:
     turn = math.radians(rotation)
     matrix = np.array([(math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))])
     return _upright(shape) @ matrix
+
+
+@lru_cache(maxsize=32)  # a thing that is drawn asks several times
+def unit_box(shape: str, rotation: float) -> Box:
+    """Tight xyxy box of `unit_outline`."""
+    outline = unit_outline(shape, rotation)
+    (x0, y0), (x1, y1) = outline.min(axis=0).tolist(), outline.max(axis=0).tolist()
+    return (x0, y0, x1, y1)
 
 
 @lru_cache

@@ -124,18 +124,18 @@ def discriminate(
     """ITM on the first five blocks, REC on the last."""
     count = len(batch)
     split = len(features) - count
-    matching = adapter(_rows(features, slice(0, split)))
+    embeds = adapter.match_embeds(_rows(features, slice(0, split)))
     grounding: AdapterOutput = adapter(
         _rows(features, slice(split, None)), batch.grounding_tokens, batch.grounding_mask
     )
     pooled = batch.text.select(plan.texts).pooled
-    found = match_score(matching, pooled[:split])
+    found = match_score(embeds, pooled[:split])
     scores = found.new_zeros(5 * count).masked_scatter(plan.kept[: 5 * count], found).unflatten(0, (5, count))
     exists = torch.ones_like(batch.has_hard_image)
     itm = itm_loss(
         torch.stack([scores[0], scores[1], scores[2]], dim=1),
         torch.stack([scores[0], scores[3], scores[4]], dim=1),
-        matching.logit_scale,
+        grounding.logit_scale,
         torch.stack([exists, batch.has_hard_caption, exists], dim=1),
         torch.stack([exists, batch.has_hard_image, exists], dim=1),
     )
