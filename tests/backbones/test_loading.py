@@ -50,6 +50,22 @@ def test_the_guidance_of_a_family_is_its_stock_pipelines():
     assert ours["StableDiffusionPipeline"] == 7.5 and ours["FluxPipeline"] == 3.5
 
 
+def test_a_base_may_publish_how_it_is_sampled_best(folder):
+    assert (load_backbone(folder, device="cpu").guidance_scale, load_backbone(folder, device="cpu").eta) == (7.5, 0.0)
+    file = folder / "dpt" / "sampling.json"
+    file.parent.mkdir()
+    file.write_text('{"guidance_scale": 4.0, "eta": 1.0}')
+    backbone = load_backbone(folder, device="cpu")
+    assert (backbone.guidance_scale, backbone.eta) == (4.0, 1.0)
+    file.write_text('{"eta": 0.5}')
+    backbone = load_backbone(folder, device="cpu")
+    assert (backbone.guidance_scale, backbone.eta) == (7.5, 0.5)
+    for broken, said in (('{"eta": 2}', "eta"), ('{"cfg": 4}', "unknown config key `cfg`"), ("{", "not valid YAML")):
+        file.write_text(broken)
+        with pytest.raises(InputError, match="sampling.json: .*" + said):
+            load_backbone(folder, device="cpu")
+
+
 @pytest.mark.parametrize("name", ["no-such-model", "./runs/none", "/no/such/folder"])
 def test_a_missing_folder_is_named(name):
     with pytest.raises(InputError, match=f"base model {name} does not exist"):

@@ -6,7 +6,7 @@ import torch
 
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
-from dpt_t2i.sampling.loop import Step, is_corrected, sample
+from dpt_t2i.sampling.loop import Step, eta_of, is_corrected, sample
 from dpt_t2i.sampling.noise import initial_noise
 from tests.sampling.stubs import ConstantNoise, states
 from tests.tiny import tiny_backbone
@@ -47,6 +47,13 @@ def test_eta_is_ddims_alone(name):
     settings = SampleConfig(steps=2, scheduler=name, eta=0.5)
     with pytest.raises(InputError, match="`eta` 0.5 is DDIM's, and this samples by .*; set `eta` to 0"):
         sample(ConstantNoise(), states(1), states(1), torch.zeros(1, 4, 8, 8), settings, OFF)
+
+
+def test_eta_is_the_bases_own_where_nobody_says():
+    backbone = ConstantNoise()
+    backbone.eta = 0.6
+    said = [eta_of(backbone, SampleConfig(**how)) for how in ({}, {"eta": 0.0}, {"scheduler": "euler"})]
+    assert said == [0.6, 0.0, 0.0]
 
 
 def test_guidance_1_needs_no_unconditional_pass():

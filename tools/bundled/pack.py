@@ -62,7 +62,7 @@ def main() -> None:
         config = json.loads(file.read_text())
         config["dtype"] = "float32"  # transformers would else load what it finds: half precision
         file.write_text(json.dumps(config, indent=2) + "\n")
-    _store_correction(learned)
+    _store_sampling(learned)
     size = sum(file.stat().st_size for file in TARGET.rglob("*.safetensors")) / 1e6
     log.info("pack: %.1f MB of weights in %s", size, TARGET)
     if size > LIMIT_MB:
@@ -92,12 +92,16 @@ def _take(source: Path, target: Path) -> None:
     half_weights(target)
 
 
-def _store_correction(learned: Path) -> None:
-    """The correction chosen on dev (`configs/bundled/generate.yaml`) travels with each adapter."""
-    chosen = build_config(GenerateConfig, Path("configs/bundled/generate.yaml")).correction
+def _store_sampling(learned: Path) -> None:
+    """What was chosen on dev (`configs/bundled/generate.yaml`): guidance and eta go to the base's `dpt/sampling.json`,
+    the correction travels with each adapter."""
+    chosen = build_config(GenerateConfig, Path("configs/bundled/generate.yaml"))
+    learned.mkdir(exist_ok=True)
+    sampling = chosen.sample.model_dump(mode="json", include={"guidance_scale", "eta"})
+    (learned / "sampling.json").write_text(json.dumps(sampling, indent=2) + "\n")
     for file in learned.glob("*/adapter/config.json"):
         card = json.loads(file.read_text())
-        card["metadata"]["correction"] = chosen.model_dump(mode="json")
+        card["metadata"]["correction"] = chosen.correction.model_dump(mode="json")
         file.write_text(json.dumps(card, indent=2) + "\n")
 
 

@@ -25,7 +25,8 @@ class Backbone(Protocol):
     denoiser: nn.Module
     denoiser_key: str  # prefix of the denoiser in a diffusers LoRA file: `unet`, `transformer`
     pipeline_call: PipelineCall  # how that pipeline calls the denoiser
-    guidance_scale: float  # of sampling where the user names none: the default of the family's own pipeline
+    guidance_scale: float  # of sampling where the user names none: what the base publishes, else its family's default
+    eta: float  # likewise, of DDIM: what the base publishes, else 0
     taps: Mapping[str, Tap]  # the named taps, in the order in which the denoiser reaches them
 
     @property

@@ -29,6 +29,7 @@ from dpt_t2i.backbones.pixart_sigma import PixArtSigmaBackbone
 from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
 from dpt_t2i.backbones.stable_diffusion_3 import StableDiffusion3Backbone
 from dpt_t2i.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
+from dpt_t2i.config import PublishedSampling, build_config
 from dpt_t2i.errors import InputError
 
 BUNDLED = "bundled"
@@ -48,15 +49,21 @@ def load_backbone(
         dtype: of the frozen weights; everything that the backbone returns is float32.
 
     Raises:
-        InputError: folder missing; a model file missing or truncated (names it); a family that is not supported.
+        InputError: folder missing; a model file missing or truncated (names it); a family that is not supported; a
+            `dpt/sampling.json` that is not one.
     """
     folder = base_folder(name_or_path, revision)
     family = str(_read_index(folder).get("_class_name"))
     if family not in FAMILIES:
         raise InputError(f"{folder}: pipeline class {family} is not supported; supported: {', '.join(FAMILIES)}")
     backbone, options = FAMILIES[family]
+    published = _published_sampling(folder / "dpt" / "sampling.json")
     pipeline = _load_pipeline(folder, family, options, resolve_device(device), DTYPES[dtype])
-    return backbone(pipeline, _display_name(name_or_path))
+    made = backbone(pipeline, _display_name(name_or_path))
+    made.eta = published.eta
+    if published.guidance_scale is not None:
+        made.guidance_scale = published.guidance_scale
+    return made
 
 
 def backbone_of(pipeline: Any) -> Backbone:
@@ -199,6 +206,16 @@ def quietly() -> Iterator[None]:
             part.set_verbosity(verbosity)
             if progress:
                 part.enable_progress_bar()
+
+
+def _published_sampling(file: Path) -> PublishedSampling:
+    """What a base's folder says about sampling; nothing where there is no such file."""
+    if not file.is_file():
+        return PublishedSampling()
+    try:
+        return build_config(PublishedSampling, file)  # JSON is YAML
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

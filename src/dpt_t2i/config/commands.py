@@ -149,7 +149,7 @@ class DemoConfig(Section):
     demo_batch_size: Positive = Field(16, description="examples a step of both stages")
     demo_prompts: Positive = Field(30, description="prompts of the dev suite, in turn from every category")
     seeds: str = Field("0", description="`0`, `0,3,7` or `0-3`")
-    sample: SampleConfig = SampleConfig(steps=30, guidance_scale=4.0, eta=1.0)  # chosen for the bundled base on dev
+    sample: SampleConfig = SampleConfig(steps=30)
     output_dir: Path = Field(Path("runs/demo"), description="demo folder")
     seed: int = Field(0, ge=0, description="seed of training and of scoring noise; images take theirs from --seeds")
 

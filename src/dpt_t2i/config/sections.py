@@ -136,7 +136,7 @@ class ItmRecConfig(Section):
     on_policy_pool: Positive = Field(256, description="own samples kept in the pool")
     on_policy_steps: Positive = Field(20, description="sampling steps of an own sample")
     on_policy_guidance: float = Field(3.0, ge=0, description="classifier-free guidance of an own sample")
-    on_policy_eta: Fraction = Field(0.0, description="fresh noise in each of its steps, as `eta` of generation")
+    on_policy_eta: Fraction | None = Field(None, description="fresh noise in each of its steps, as `eta` of generation")
 
 
 class DenoiseConfig(Section):
@@ -209,8 +209,10 @@ class SamplesConfig(Section):
     )
     sample_count: Positive = Field(4, description="held-out captions that are sampled where no prompt is given")
     sample_steps: Positive = Field(20, description="sampling steps of a sample")
-    sample_guidance: float = Field(5.0, ge=0, description="classifier-free guidance of a sample")
-    sample_eta: Fraction = Field(0.0, description="fresh noise in each of its steps, as `eta` of generation")
+    sample_guidance: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="guidance of a sample, as `guidance_scale` of generation"
+    )
+    sample_eta: Fraction | None = Field(None, description="fresh noise in each of its steps, as `eta` of generation")
     sample_correct: float = Field(0.05, ge=0, description="strength of its correction, relative to the latent")
 
 
@@ -219,12 +221,21 @@ class SampleConfig(Section):
 
     steps: Positive = Field(50, description="sampling steps")
     guidance_scale: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="classifier-free or distilled guidance; 1 = off; default: the model family's own"
+        None, description="classifier-free or distilled guidance; 1 = off; default: the base's, or its family's"
     )
     scheduler: Literal["ddim", "euler", "dpm++", "unipc"] = Field("ddim", description="sampler")
-    eta: Fraction = Field(0.0, description="fresh noise in each step of `ddim`: 0 = none, 1 = as much as DDPM")
+    eta: Fraction | None = Field(
+        None, description="fresh noise in each step of `ddim`: 0 = none, 1 = as much as DDPM; default: the base's, or 0"
+    )
     batch_size: Positive = Field(8, description="images at once; never changes an image")
     negative_prompt: str = Field("", description="text of the unconditional branch")
+
+
+class PublishedSampling(Section):
+    """`dpt/sampling.json` in a base's folder: what its publisher found best, taken where the user says nothing."""
+
+    guidance_scale: Annotated[float, Field(ge=0)] | None = Field(None, description="default: the model family's own")
+    eta: Fraction = Field(0.0, description="as in `SampleConfig`")
 
 
 class CorrectionConfig(Section):

@@ -52,7 +52,7 @@ def sample(
         text, null: B texts of the conditional and of the unconditional branch.
         initial_latents: standard normal `[B, C, h, w]`.
         scorer: judges z_t; needed if `correction.correct` > 0, and a `PredictingScorer` if the correction is fused.
-        generators: B of them, one an image, for the noise of the steps; needed if `settings.eta` > 0.
+        generators: B of them, one an image, for the noise of the steps; needed if `eta_of` is above 0.
 
     Raises:
         InputError: `eta` with another sampler than DDIM; numbers of latents, prompts and negative prompts that differ;
@@ -68,7 +68,7 @@ def sample(
     height, width = initial_latents.shape[-2:]
     scheduler = make_scheduler(backbone, settings.scheduler, settings.steps, (height, width))
     latents = initial_latents.to(backbone.device, torch.float32) * initial_scale(scheduler)
-    noising = _noising(scheduler, settings, generators)
+    noising = _noising(scheduler, eta_of(backbone, settings), generators)
     told, scale = _with_scale(text, guidance_of(backbone, settings))
     steps, fused = len(scheduler.timesteps), correction.correction_fused
     shift: Tensor | None = None  # [B, C, h, w] of z, found by a fused correction in the step before
@@ -94,8 +94,15 @@ def sample(
 
 
 def guidance_of(backbone: Backbone, settings: SampleConfig) -> float:
-    """The scale that was asked for, else the family's own."""
+    """The scale that was asked for, else the base's own."""
     return backbone.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+
+
+def eta_of(backbone: Backbone, settings: SampleConfig) -> float:
+    """The share of fresh noise that was asked for, else the base's own, which is meant for DDIM."""
+    if settings.eta is not None:
+        return settings.eta
+    return backbone.eta if settings.scheduler == "ddim" else 0.0
 
 
 def is_corrected(index: int, steps: int, correction: CorrectionConfig) -> bool:
@@ -104,18 +111,18 @@ def is_corrected(index: int, steps: int, correction: CorrectionConfig) -> bool:
     return correction.correct > 0 and inside and index % correction.correction_every == 0
 
 
-def _noising(scheduler: Any, settings: SampleConfig, generators: Sequence[torch.Generator] | None) -> dict[str, Any]:
+def _noising(scheduler: Any, eta: float, generators: Sequence[torch.Generator] | None) -> dict[str, Any]:
     """What DDIM's steps are told of fresh noise (its `eta`; Song et al., 2021, eq. 16): nothing where there is none."""
-    if settings.eta == 0:
+    if eta == 0:
         return {}
     if type(scheduler).__name__ != "DDIMScheduler":
         raise InputError(
-            f"`eta` {settings.eta:g} is DDIM's, and this samples by {type(scheduler).__name__}; set `eta` to 0, or "
+            f"`eta` {eta:g} is DDIM's, and this samples by {type(scheduler).__name__}; set `eta` to 0, or "
             "`scheduler` to ddim on a model that is not flow matching"
         )
     if generators is None:
         raise ValueError("`eta` > 0 needs a generator for each image")
-    return {"eta": settings.eta, "generator": list(generators)}
+    return {"eta": eta, "generator": list(generators)}
 
 
 def _check(correction: CorrectionConfig, scorer: Scorer | None) -> None:

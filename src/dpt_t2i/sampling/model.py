@@ -18,7 +18,7 @@ from dpt_t2i.config import GenerateConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of
 from dpt_t2i.sampling.judgement import Judgement, judge_image
-from dpt_t2i.sampling.loop import guidance_of
+from dpt_t2i.sampling.loop import eta_of, guidance_of
 from dpt_t2i.sampling.scoring import Judge, MatchScorer
 from dpt_t2i.sampling.search import best_of
 
@@ -90,14 +90,17 @@ class T2IModel:
     def settings(self, config: GenerateConfig) -> dict[str, Any]:
         """Plain JSON of all that decides an image beside prompt and seed: weights by hash, every setting by value."""
         height, width = self.backbone.image_size
-        guidance = {"guidance_scale": guidance_of(self.backbone, config.sample)}
+        base = {
+            "guidance_scale": guidance_of(self.backbone, config.sample),
+            "eta": eta_of(self.backbone, config.sample),
+        }
         return {
             "base": {"name": self.backbone.name, "weights": weights_hash(self.backbone.denoiser)},
             "lora": lora_hash(self.backbone.denoiser),
             "adapter": None if self.adapter is None else weights_hash(self.adapter),
             "height": config.height or height,
             "width": config.width or width,
-            "sample": config.sample.model_dump(mode="json", exclude={"batch_size"}) | guidance,  # a batch changes none
+            "sample": config.sample.model_dump(mode="json", exclude={"batch_size"}) | base,  # a batch changes none
             "correction": config.correction.model_dump(mode="json"),
             "search": {**config.search.model_dump(mode="json"), "seed": config.seed},
         }
