@@ -135,6 +135,7 @@ class ConstantVelocity:
     V = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     prediction_type = FLOW
     name = "constant"
+    eta = 0.0
     device = torch.device("cpu")
 
     def __init__(self) -> None:
