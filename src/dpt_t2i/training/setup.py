@@ -97,14 +97,17 @@ def set_up(config: StageConfig) -> Setup:
     adapter = adapter.to(accelerator.device)
     size = config.data.resolution or min(backbone.image_size)
     cached = open_cache(config.data, backbone, size)
-    encoder = Encoder(backbone, adapter.config.num_token_classes, grounding, settings.vae_batch_size, cached)
+    skip_bad = config.data.on_bad == "skip"
+    encoder = Encoder(
+        backbone, adapter.config.num_token_classes, grounding, settings.vae_batch_size, cached, skip_bad=skip_bad
+    )
     examples = Examples(
         open_records(config.data, "train", size),
         size,
         config.data.data_seed,
         center_crop=config.data.center_crop,
         random_flip=config.data.random_flip,
-        skip_bad=config.data.on_bad == "skip",
+        skip_bad=skip_bad,
         make_negatives=perturb,
     )
     held_out = open_records(config.data, "val", size)
