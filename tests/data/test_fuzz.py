@@ -1,6 +1,6 @@
 """Files damaged at random: each reader gives a clean error or valid records, nothing else.
 
-The fast tests try 200 cases a reader, the slow ones 10,000, and `python -m benchmarks.fuzz` writes down how these end. A
+The fast tests try 200 cases a reader, the slow ones 10,000; `python -m benchmarks.fuzz` writes down how these end. A
 case is a seed: it changes bytes of a sound file, or, in JSON, values of its tree.
 """
 

@@ -37,12 +37,12 @@ class WholeTarInfo(tarfile.TarInfo):
     """A header of an archive that must be whole: `tarfile` takes a damaged or a missing one for the archive's end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> WholeTarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> WholeTarInfo:
         try:
             return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # a block of zeros: the true end
-            raise
         except tarfile.HeaderError as error:
+            if buf == bytes(tarfile.BLOCKSIZE):  # the true end
+                raise
             raise tarfile.ReadError(f"no header of a member and no end of the archive: {error}") from error
 
 
@@ -152,8 +152,13 @@ def _streamed(shard: str, faults: Faults) -> Iterator[EncodedImage]:
         faults.report(shard, f"no whole tar: {error}")
 
 
+def is_address(shard: str) -> bool:
+    """Whether a shard is read over the network."""
+    return urlparse(shard).scheme in ("http", "https")
+
+
 def _open(shard: str) -> IO[bytes]:
-    if urlparse(shard).scheme in ("http", "https"):
+    if is_address(shard):
         stream: IO[bytes] = urlopen(shard, timeout=60)
         return stream
     return open(shard, "rb")

@@ -19,10 +19,11 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import load_backbone, resolve_device
 from dpt_t2i.backbones.taps import parse_fusion
 from dpt_t2i.backbones.types import Tap
-from dpt_t2i.config import ProbeConfig, TrainConfig, TuneConfig, save_config
-from dpt_t2i.data.examples import Examples
+from dpt_t2i.config import ProbeConfig, TrainConfig, TrainDataConfig, TuneConfig, save_config
+from dpt_t2i.data.examples import Examples, View
 from dpt_t2i.data.perturb import perturb
-from dpt_t2i.data.sources import open_records
+from dpt_t2i.data.sources import is_streamed, open_records
+from dpt_t2i.data.streams import ShardStream, open_stream
 from dpt_t2i.errors import InputError
 from dpt_t2i.training.cached import open_cache
 from dpt_t2i.training.checkpoint import checkpoints
@@ -54,7 +55,7 @@ class Setup:
     adapter: DiscriminativeAdapter
     adapter_metadata: dict[str, Any]  # what came with the adapter that training starts from
     encoder: Encoder
-    examples: Examples
+    examples: Examples | ShardStream
     validation: Validation
 
 
@@ -97,19 +98,15 @@ def set_up(config: StageConfig) -> Setup:
     adapter = adapter.to(accelerator.device)
     size = config.data.resolution or min(backbone.image_size)
     cached = open_cache(config.data, backbone, size)
-    skip_bad = config.data.on_bad == "skip"
     encoder = Encoder(
-        backbone, adapter.config.num_token_classes, grounding, settings.vae_batch_size, cached, skip_bad=skip_bad
+        backbone,
+        adapter.config.num_token_classes,
+        grounding,
+        settings.vae_batch_size,
+        cached,
+        skip_bad=config.data.on_bad == "skip",
     )
-    examples = Examples(
-        open_records(config.data, "train", size),
-        size,
-        config.data.data_seed,
-        center_crop=config.data.center_crop,
-        random_flip=config.data.random_flip,
-        skip_bad=skip_bad,
-        make_negatives=perturb,
-    )
+    examples = _open_examples(config.data, size)
     held_out = open_records(config.data, "val", size)
     validation = Validation(backbone, adapter, taps, held_out, size, batch_size=settings.val_batch_size)
     return Setup(accelerator, backbone, taps, adapter, metadata, encoder, examples, validation)
@@ -145,6 +142,14 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
     if tracker is not None:
         start_trackers(accelerator, config.run_name)
     return accelerator
+
+
+def _open_examples(data: TrainDataConfig, size: int) -> Examples | ShardStream:
+    view = View(data.center_crop, data.random_flip, perturb)
+    if is_streamed(data):
+        return open_stream(data, size, view)
+    records = open_records(data, "train", size)
+    return Examples(records, size, data.data_seed, view, skip_bad=data.on_bad == "skip")
 
 
 def _prepare_denoiser(backbone: Backbone, settings: TrainConfig, accelerator: Accelerator) -> None:
