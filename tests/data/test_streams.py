@@ -1,4 +1,4 @@
-"""Streamed shards: every record once a pass, whoever streams it, and a run that goes on sees what it would have seen."""
+"""Streamed shards: every record once a pass, whoever streams it, and a run that goes on sees what it would have."""
 
 import itertools
 from collections import Counter

@@ -14,7 +14,7 @@ from dpt_t2i.data.coco import read_coco
 from dpt_t2i.data.excluded import excluded_pictures, without_images
 from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.hub import read_hub, split_names
-from dpt_t2i.data.imagefolder import read_imagefolder
+from dpt_t2i.data.imagefolder import each_record
 from dpt_t2i.data.index import RecordIndex, Selection
 from dpt_t2i.data.layouts import annotation_files, image_folder, patterns, streamed_shards
 from dpt_t2i.data.mdetr import read_mdetr
@@ -111,7 +111,7 @@ def read_source(config: DataConfig, side: Side, faults: Faults) -> Iterator[Reco
     split = config.val_split if side == "val" else config.train_split
     if form == "imagefolder":
         own = Path(config.dataset) / split
-        yield from read_imagefolder(own if own.is_dir() else Path(config.dataset), faults)
+        yield from each_record(own if own.is_dir() else Path(config.dataset), faults)
         return
     if form == "huggingface":
         limit = config.val_samples if side == "val" else config.max_samples
