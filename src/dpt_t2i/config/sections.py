@@ -116,6 +116,9 @@ class DataConfig(Section):
 
 class TrainDataConfig(DataConfig):
     center_crop: bool = Field(True, description="crop the middle, moved where a box asks for it; off = anywhere")
+    aspect_buckets: bool = Field(
+        False, description="fit pictures to shapes from 1:2 to 2:1 instead of squares, one shape a step"
+    )
     random_flip: bool = Field(False, description="mirror half of the examples whose texts name no side")
     shuffle_buffer: Annotated[int, Field(gt=1)] = Field(
         1000, description="streamed shards: records that a stream keeps in memory and shows in random order"

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dpt_t2i.data.buckets import Buckets
 from dpt_t2i.data.records import Expression, Negative, Record
 from dpt_t2i.data.transforms import Box, fit, mirror, names_a_side, to_pixels
 from dpt_t2i.errors import InputError
@@ -31,7 +32,7 @@ TRIES = 20  # draws for a random negative that shows another picture and has ano
 
 @dataclass(frozen=True)
 class Item:
-    """One example; pixels are float32 `[3, S, S]` in [-1, 1]."""
+    """One example; pixels are float32 `[3, H, W]` in [-1, 1], squares unless there are buckets."""
 
     pixels: Tensor
     hard_pixels: Tensor | None  # None: the source has no hard-negative image
@@ -48,9 +49,9 @@ class Item:
 class Batch:
     """B examples. Where something is missing, its mask is False and its place is filled with zeros or ""."""
 
-    images: Tensor  # [B, 3, S, S] in [-1, 1]
-    hard_images: Tensor  # [B, 3, S, S]
-    random_images: Tensor  # [B, 3, S, S]
+    images: Tensor  # [B, 3, H, W] in [-1, 1]
+    hard_images: Tensor  # [B, 3, H, W]
+    random_images: Tensor  # [B, 3, H, W]
     captions: tuple[str, ...]
     hard_captions: tuple[str, ...]
     random_captions: tuple[str, ...]
@@ -157,6 +158,7 @@ class Examples(Dataset[Item]):
     Args:
         resolution: side of the squares in pixels.
         skip_bad: show the next record in place of one that cannot be read, or whose box is outside its image.
+        buckets: shapes of the examples, and then their order; None = squares.
     """
 
     def __init__(
@@ -167,14 +169,18 @@ class Examples(Dataset[Item]):
         view: View = VIEW,
         *,
         skip_bad: bool = False,
+        buckets: Buckets | None = None,
     ) -> None:
         if len(records) < 2:
             raise ValueError("at least two records are needed: each is the other's random negative")
         self.records, self.resolution, self.seed, self.view = records, resolution, seed, view
+        self.buckets = buckets
         self._stand_in = StandIns() if skip_bad else None
 
     def __getitem__(self, position: int) -> Item:
-        epoch, place = divmod(position, len(self.records))
+        epoch, place = divmod(position, len(self.records if self.buckets is None else self.buckets))
+        if self.buckets is not None:
+            return self.item(epoch, self.buckets.row(self.seed, epoch, place))
         return self.item(epoch, int(_order(self.seed, epoch, len(self.records))[place]))
 
     def item(self, epoch: int, row: int) -> Item:
@@ -183,9 +189,9 @@ class Examples(Dataset[Item]):
         Raises:
             InputError: a picture cannot be read or a box is outside its image, and nothing may stand in its place.
         """
-        if self._stand_in is None:
-            return self._item(epoch, row)
-        return self._stand_in(partial(self._item, epoch), row, len(self.records))
+        size = (self.resolution, self.resolution) if self.buckets is None else self.buckets.size(row)
+        make = partial(self._item, epoch, size)
+        return make(row) if self._stand_in is None else self._stand_in(make, row, len(self.records))
 
     def loader(self, part: Part, workers: int) -> DataLoader[Batch]:
         """A rank's batches, from its first step on."""
@@ -195,11 +201,11 @@ class Examples(Dataset[Item]):
     def identity(self, workers: int) -> dict[str, Any]:
         """All that decides which examples come, beside seed and batch: a run that goes on must have the same."""
         crop = {"center_crop": self.view.center_crop, "random_flip": self.view.random_flip}
-        return {"records": len(self.records)} | crop
+        return {"records": len(self.records), "aspect_buckets": self.buckets is not None} | crop
 
-    def _item(self, epoch: int, row: int) -> Item:
+    def _item(self, epoch: int, size: tuple[int, int], row: int) -> Item:
         rng = np.random.default_rng([self.seed, epoch, row])
-        return self.view.item(self.records, row, rng, (self.resolution, self.resolution))
+        return self.view.item(self.records, row, rng, size)
 
 
 def random_negative(records: Sequence[Record], row: int, caption: str, rng: np.random.Generator) -> tuple[Record, str]:

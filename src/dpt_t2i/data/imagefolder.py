@@ -44,10 +44,10 @@ def each_record(folder: Path, faults: Faults | None = None) -> Iterator[Record]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The metadata's lines as they stand, one a record of `read_imagefolder`, whose errors they share."""
-    read_imagefolder(folder)
-    lines = (Path(folder) / METADATA).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    """The metadata's lines, one a record of `read_imagefolder`, whose errors they share; each with its `captions`."""
+    records = read_imagefolder(folder)
+    rows = (json.loads(line) for _, line in read_lines(Path(folder) / METADATA))
+    return [row | {"captions": list(record.captions)} for row, record in zip(rows, records, strict=True)]
 
 
 def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from dpt_t2i.errors import InputError
 
 # Names of annotation files below `dataset`; {split} is the split's name.
 PATTERNS = {
-    "coco": ("annotations/captions_{split}*.json", "annotations/instances_{split}*.json", "*_{split}*.json"),
+    "coco": tuple(f"{at}{kind}_{{split}}*.json" for at in ("annotations/", "") for kind in ("captions", "instances")),
     "refcoco": ("refs(*).p", "instances.json"),
     "mdetr": ("*_{split}.json", "annotations/*_{split}.json"),
     "hard_negatives": ("{split}*.tsv", "{split}*/imgname2txtid.json"),
@@ -84,7 +84,7 @@ def image_folder(config: DataConfig, files: Sequence[Path]) -> Path:
         return config.image_root
     folder = Path(config.dataset)
     named = [match[1] for path in files if (match := re.search(r"_([a-z]+\d*)$", path.stem))]
-    for name in (*named, "train2014", "images"):
+    for name in (*named, *(f"images/{part}" for part in named), "train2014", "images"):
         if (folder / name).is_dir():
             return folder / name
     return folder

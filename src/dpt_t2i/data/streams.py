@@ -147,10 +147,12 @@ def open_stream(config: TrainDataConfig, resolution: int, view: View) -> ShardSt
     """The shards to train on.
 
     Raises:
-        InputError: there are none, or `max_samples` is given, which a stream cannot count.
+        InputError: there are none, or the settings ask for what needs an index.
     """
     if config.max_samples is not None:
         raise InputError("max_samples does not go with streamed shards; name fewer shards")
+    if config.aspect_buckets:
+        raise InputError("aspect_buckets does not go with streamed shards, whose pictures are not known beforehand")
     return ShardStream(
         streamed_shards(config)[0],
         resolution,

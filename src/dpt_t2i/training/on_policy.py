@@ -42,12 +42,12 @@ class OnPolicy:
         """None where the config asks for none.
 
         Raises:
-            InputError: the examples are streamed, and a pool needs records that can be read at random.
+            InputError: the examples are streamed or of several shapes: a pool is drawn at random, and of squares.
         """
         if loss.on_policy_fraction == 0:
             return None
-        if not isinstance(examples, Examples):
-            raise InputError("on_policy_fraction does not go with streamed shards; leave out one of them")
+        if not isinstance(examples, Examples) or examples.buckets is not None:
+            raise InputError("on_policy_fraction does not go with streamed shards or aspect_buckets; leave out one")
         return OnPolicy(loss, backbone, examples, seed)
 
     def __call__(self, step: int, batch: Batch) -> Batch:

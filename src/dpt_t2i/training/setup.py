@@ -19,7 +19,8 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import load_backbone, resolve_device
 from dpt_t2i.backbones.taps import parse_fusion
 from dpt_t2i.backbones.types import Tap
-from dpt_t2i.config import ProbeConfig, TrainConfig, TrainDataConfig, TuneConfig, save_config
+from dpt_t2i.config import ProbeConfig, TrainConfig, TuneConfig, save_config
+from dpt_t2i.data.buckets import sort_into_buckets
 from dpt_t2i.data.examples import Examples, View
 from dpt_t2i.data.perturb import perturb
 from dpt_t2i.data.sources import is_streamed, open_records
@@ -106,7 +107,7 @@ def set_up(config: StageConfig) -> Setup:
         cached,
         skip_bad=config.data.on_bad == "skip",
     )
-    examples = _open_examples(config.data, size)
+    examples = _open_examples(config, size, accelerator.num_processes)
     held_out = open_records(config.data, "val", size)
     validation = Validation(backbone, adapter, taps, held_out, size, batch_size=settings.val_batch_size)
     return Setup(accelerator, backbone, taps, adapter, metadata, encoder, examples, validation)
@@ -144,12 +145,18 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
     return accelerator
 
 
-def _open_examples(data: TrainDataConfig, size: int) -> Examples | ShardStream:
-    view = View(data.center_crop, data.random_flip, perturb)
+def _open_examples(config: StageConfig, size: int, processes: int) -> Examples | ShardStream:
+    data, train = config.data, config.train
+    view, skip_bad = View(data.center_crop, data.random_flip, perturb), data.on_bad == "skip"
     if is_streamed(data):
         return open_stream(data, size, view)
-    records = open_records(data, "train", size)
-    return Examples(records, size, data.data_seed, view, skip_bad=data.on_bad == "skip")
+    records, buckets = open_records(data, "train", size), None
+    if data.aspect_buckets:
+        step = train.train_batch_size * train.gradient_accumulation_steps * processes
+        buckets = sort_into_buckets(records, size, step, skip_bad=skip_bad)
+        shapes = (f"{count} of {width} x {height}" for (width, height), count in buckets.counts().items())
+        log.info("aspect buckets: %s", ", ".join(shapes))
+    return Examples(records, size, data.data_seed, view, skip_bad=skip_bad, buckets=buckets)
 
 
 def _prepare_denoiser(backbone: Backbone, settings: TrainConfig, accelerator: Accelerator) -> None:
