@@ -37,6 +37,14 @@ def test_twice_adds_nothing(folder):
     assert rows(folder) == once
 
 
+def test_a_caption_under_another_name_and_lines_that_only_python_breaks(folder):
+    entries = [{"file_name": rows(folder)[0]["file_name"], "text": "two dogs\u2028on a red sofa"}]
+    (folder / "metadata.jsonl").write_text(json.dumps(entries[0], ensure_ascii=False), encoding="utf-8-sig")
+    assert sum(run_perturb(PerturbConfig(dataset=folder))["added"].values()) == 1
+    (record,) = read_imagefolder(folder)
+    assert record.captions == ("two dogs\u2028on a red sofa",) and len(record.negatives) == 1
+
+
 def test_no_negative_is_another_caption_of_the_record(folder):
     entries = rows(folder)
     entries[0]["captions"] = ["two dogs", "Three dogs", "a zebra"]

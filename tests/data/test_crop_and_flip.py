@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpt_t2i.data.examples import Examples
+from dpt_t2i.data.examples import Examples, View
 from dpt_t2i.data.records import Expression, Negative, Record
 from dpt_t2i.data.transforms import fit_square, mirror, names_a_side
 
@@ -77,7 +77,7 @@ def record(number: int, caption: str, negative: str = "no dot", expression: str 
 
 def flips(*texts: str, random_flip: bool = True) -> list[bool]:
     """Whether the first record is mirrored, in each of 40 epochs."""
-    examples = Examples([record(0, *texts), record(1, "other")], 64, random_flip=random_flip)
+    examples = Examples([record(0, *texts), record(1, "other")], 64, view=View(random_flip=random_flip))
     items = [examples.item(epoch, 0) for epoch in range(40)]
     flipped = [bool(item.pixels[0, 0, 0] > -0.9) for item in items]
     for item, flip in zip(items, flipped, strict=True):
@@ -102,6 +102,6 @@ def test_an_example_whose_texts_name_a_side_is_never_mirrored(texts: tuple[str, 
 
 def test_crops_differ_by_epoch_and_repeat() -> None:
     wide = Record("0", "toy", lambda: ramp(128, 64), ("a dot",))
-    examples = Examples([wide, record(1, "other")], 64, center_crop=False)
+    examples = Examples([wide, record(1, "other")], 64, view=View(center_crop=False))
     lefts = [float(examples.item(epoch, 0).pixels[0, 0, 0]) for epoch in range(6)]
     assert len(set(lefts)) > 3 and lefts[0] == float(examples.item(0, 0).pixels[0, 0, 0])

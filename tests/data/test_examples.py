@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dpt_t2i.data.examples import Examples, MicroBatches, collate
+from dpt_t2i.data.examples import Examples, MicroBatches, Part, collate
 from dpt_t2i.data.records import Expression, Negative, Record
 from dpt_t2i.data.scenes import SceneRecords
 
@@ -49,7 +49,7 @@ def test_same_examples_on_one_process_or_four_with_or_without_workers():
         ranks = [
             DataLoader(
                 examples,
-                batch_sampler=MicroBatches(batch, 1, rank, world, 0, 3),
+                batch_sampler=MicroBatches(Part(batch, 1, rank, world, 0, 3)),
                 collate_fn=collate,
                 num_workers=workers,
             )
@@ -63,9 +63,9 @@ def test_same_examples_on_one_process_or_four_with_or_without_workers():
 
 
 def test_resuming_goes_on_where_it_was():
-    whole = list(MicroBatches(2, 3, 0, 1, 0, 5))
-    assert list(MicroBatches(2, 3, 0, 1, 2, 5)) == whole[2 * 3 :]
-    assert len(MicroBatches(2, 3, 0, 1, 2, 5)) == 9
+    whole = list(MicroBatches(Part(2, 3, steps=5)))
+    assert list(MicroBatches(Part(2, 3, first_step=2, steps=5))) == whole[2 * 3 :]
+    assert len(MicroBatches(Part(2, 3, first_step=2, steps=5))) == 9
 
 
 def test_what_a_source_lacks_is_masked():

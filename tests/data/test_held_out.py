@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpt_t2i.config import DataConfig
-from dpt_t2i.data.examples import Examples
+from dpt_t2i.data.examples import Examples, View
 from dpt_t2i.data.records import Negative, Record
 from dpt_t2i.data.sources import count, open_records
 from dpt_t2i.errors import InputError
@@ -115,7 +115,7 @@ def test_hard_captions_by_rule_fill_in_only_where_the_source_has_none():
     def rules(caption: str) -> list[Negative]:
         return [Negative(f"not {caption}", "toy")] if caption != "unknown" else []
 
-    filled = Examples([own, bare, none], 64, make_negatives=rules)
+    filled = Examples([own, bare, none], 64, view=View(make_negatives=rules))
     assert [filled.item(0, row).hard_caption for row in range(3)] == ["b", "not c", None]
     assert [Examples([own, bare, none], 64).item(0, row).hard_caption for row in range(3)] == ["b", None, None]
     found = count([own, bare, none])

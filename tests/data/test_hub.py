@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dpt_t2i.config import DataConfig
-from dpt_t2i.data.hub import read_hub
+from dpt_t2i.data.hub import HubImage, _each, read_hub
 from dpt_t2i.data.imagefolder import read_imagefolder
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
@@ -23,6 +23,31 @@ def test_without_the_extra_one_line_names_it(monkeypatch):
         list(read_hub("x", "train"))
     with pytest.raises(InputError, match="pip install"):
         open_records(DataConfig(dataset="x", data_format="huggingface"), "train", 16)
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        (None, "must be an object, not null"),
+        ({"bytes": None, "path": None}, "has neither bytes nor a path"),
+        ({"bytes": None, "path": "gone.png"}, "cannot read image gone.png: No such file"),
+        ({"bytes": b"x", "path": None}, "cannot read image row 0: cannot identify"),
+    ],
+)
+def test_a_cell_without_a_picture_is_one_line(cell, says):
+    with pytest.raises(InputError, match=says):
+        HubImage([{"image": cell}], 0)()
+
+
+def test_a_source_that_breaks_off_is_one_line():
+    def rows():
+        yield {"caption": "a"}
+        raise ConnectionError("gone\naway")
+
+    found = _each(rows(), "x")
+    assert next(found) == {"caption": "a"}
+    with pytest.raises(InputError, match="cannot load data set `x`: ConnectionError: gone away$"):
+        next(found)
 
 
 @pytest.fixture

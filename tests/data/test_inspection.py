@@ -1,6 +1,7 @@
 """`dpt data inspect`: counts by hand, every kind of finding, and a sheet with the boxes where they belong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,11 @@ def record(index: int, *captions: str, image=None, **fields) -> Record:
 
 def dot(text: str, *boxes: tuple[float, float, float, float]) -> Expression:
     return Expression(text, ((0, 3),) * len(boxes), boxes)
+
+
+def test_two_records_of_one_picture_are_no_duplicates():
+    twice = [replace(record(number, image=lambda: flat(0)), image_id="7") for number in (0, 1)]
+    assert look(twice).suspicious == {}
 
 
 def test_every_kind_of_finding_and_no_other(tmp_path):

@@ -10,6 +10,7 @@ from dpt_t2i.config import DataConfig
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.data.sources import SCENES_TRAIN, open_records
 from dpt_t2i.errors import InputError
+from tests.data import writers
 
 
 def imagefolder(folder: Path, names: str) -> Path:
@@ -52,6 +53,19 @@ def test_the_tail_of_a_plain_folder_is_held_out(tmp_path):
     # The tail is the same whatever share of the rest is trained on.
     limited = {"val_samples": 2, "max_samples": 3}
     assert (names(folder, "train", **limited), names(folder, "val", **limited)) == ("abc", "ef")
+
+
+def test_cocos_keypoints_are_no_instances_and_pictures_may_lie_in_images(tmp_path):
+    writers.write_coco(writers.scenes(4), tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train2017").rename(tmp_path / "images" / "train2017")
+    for file in (tmp_path / "annotations").iterdir():
+        file.rename(tmp_path / file.name)
+    config = DataConfig(dataset=str(tmp_path), data_format="coco", val_samples=1)
+    before = [record.expressions for record in open_records(config, "train", 64)]
+    instances = tmp_path / "instances_train2017.json"
+    (tmp_path / "person_keypoints_train2017.json").write_bytes(instances.read_bytes())
+    assert [record.expressions for record in open_records(config, "train", 64)] == before and any(before)
 
 
 def test_two_records_must_be_left_to_train_on(tmp_path):

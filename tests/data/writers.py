@@ -177,7 +177,14 @@ def native_row(record: Record) -> dict[str, Any]:
     }
 
 
-def write_shards(records: Sequence[Record], folder: Path, shards: int = 2, split: str = "train") -> Path:
+def write_shards(
+    records: Sequence[Record],
+    folder: Path,
+    shards: int = 2,
+    split: str = "train",
+    fields: Sequence[dict[str, Any]] | None = None,
+) -> Path:
+    """`fields`: what each record's .json has beside the native ones."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
         with tarfile.open(folder / f"{split}-{shard:04d}.tar", "w") as tar:
@@ -186,7 +193,7 @@ def write_shards(records: Sequence[Record], folder: Path, shards: int = 2, split
                 members = {
                     "png": png(record.load_image()),
                     "negative.png": png(record.load_negative_image()),
-                    "json": json.dumps(native_row(record)).encode(),
+                    "json": json.dumps(native_row(record) | (fields[index] if fields else {})).encode(),
                     "txt": record.captions[0].encode(),
                 }
                 for suffix, data in members.items():

@@ -12,7 +12,7 @@ from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.adapter.official import adapter_from_official, sort_official
 from dpt_t2i.backbones.types import Features
 from dpt_t2i.config import TuneTrainConfig
-from dpt_t2i.data.examples import Examples
+from dpt_t2i.data.examples import Examples, View
 from dpt_t2i.data.records import Record
 from dpt_t2i.data.transforms import fit_square
 from dpt_t2i.training.engine import _rate_factor
@@ -74,7 +74,7 @@ def test_a_flip_cannot_turn_bright_into_bleft() -> None:
 
     def shown(caption: str) -> tuple[set[str], set[float]]:
         records = [Record(str(i), "toy", lambda: ramp, (caption,)) for i in range(2)]
-        items = [Examples(records, 16, random_flip=True).item(epoch, 0) for epoch in range(16)]
+        items = [Examples(records, 16, view=View(random_flip=True)).item(epoch, 0) for epoch in range(16)]
         return {item.caption for item in items}, {round(float(item.pixels[0, 0, 0]), 3) for item in items}
 
     captions, corners = shown("a bright bus")

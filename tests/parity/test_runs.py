@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from dpt_t2i.config import SampleConfig
-from dpt_t2i.data.examples import Examples, MicroBatches
+from dpt_t2i.data.examples import Examples, MicroBatches, Part
 from dpt_t2i.data.records import Record
 from dpt_t2i.evaluation.examples import EvalExample
 from dpt_t2i.evaluation.itm import itm_scores
@@ -70,7 +70,7 @@ def test_differs_a_resumed_run_sees_what_was_left_of_the_epoch() -> None:
     examples = Examples([record(index) for index in range(8)], 8)
 
     def seen(first: int, stop: int) -> list[int]:
-        return [examples[position].record for position in chain(*MicroBatches(2, 1, 0, 1, first, stop))]
+        return [examples[position].record for position in chain(*MicroBatches(Part(2, first_step=first, steps=stop)))]
 
     assert seen(0, 2) + seen(2, 4) == seen(0, 4) and len({*seen(0, 4)}) == 8
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.config import CacheConfig, ModelConfig, TrainDataConfig
-from dpt_t2i.data.examples import Examples, collate
+from dpt_t2i.data.examples import Examples, View, collate
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
 from dpt_t2i.scenes.commands import export_scenes
@@ -44,7 +44,7 @@ def run(backbone, monkeypatch):
 
 
 def batches(data):
-    examples = Examples(open_records(data, "train", 32), 32, seed=1, random_flip=data.random_flip)
+    examples = Examples(open_records(data, "train", 32), 32, seed=1, view=View(random_flip=data.random_flip))
     return [collate([examples[4 * number + i] for i in range(4)]) for number in range(6)]  # four epochs
 
 

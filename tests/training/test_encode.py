@@ -126,6 +126,17 @@ def test_spans_beyond_the_text_name_the_record(backbone, batch):
         Encoder(backbone, K, None)(broken)
 
 
+def test_spans_beyond_the_text_are_masked_where_what_is_bad_is_skipped(backbone, batch, caplog):
+    broken = replace(batch, spans=(((4, 14),), (), ((4, 13), (20, 25))))
+    encoder = Encoder(backbone, K, None, skip_bad=True)
+    for _ in range(2):
+        targets = encoder(broken).targets
+    assert [boxes.shape for boxes in targets.boxes] == [(1, 4), (0, 4), (0, 4)] and targets.num_boxes() == 1
+    assert [rows.shape for rows in targets.positive_map] == [(1, K + 1), (0, K + 1), (0, K + 1)]
+    told = [record.getMessage() for record in caplog.records if "grounding left out" in record.getMessage()]
+    assert len(told) == 1 and "(1 so far): record 12, 'the two stars': spans [(20, 25)] touch no token" in told[0]
+
+
 def test_truncation_is_told_once(backbone, batch, caplog):
     long = " ".join(["red"] * (MAX_TOKENS - 2)) + " blue star"  # BOS and EOS take two places: the end is cut
     cut = replace(batch, captions=(long, *batch.captions[1:]))

@@ -15,15 +15,18 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dpt_t2i.data.examples import Batch
 from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.training import engine, trackers, tune
 from dpt_t2i.training.checkpoint import checkpoints
+from dpt_t2i.training.encode import Encoded, Encoder
 from dpt_t2i.training.engine import train
 from dpt_t2i.training.objective import Draw
 from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.setup import Setup, set_up
 from dpt_t2i.training.trackers import read_metrics
 from dpt_t2i.training.tune import run_tune
+from tests.data import writers
 from tests.training import forked
 from tests.training.test_engine import Coded, Plane, job
 
@@ -101,6 +104,29 @@ def test_the_same_training_on_one_process_two_and_with_accumulation(
 def all_weights(folder: Path) -> dict[str, Tensor]:
     lora = load_file(folder / "pytorch_lora_weights.safetensors")
     return lora | load_file(folder / "adapter" / "model.safetensors")
+
+
+def test_two_processes_stream_every_record_once(probe_config, tmp_path: Path) -> None:
+    scenes = writers.scenes(18)
+    shards = writers.write_shards(scenes, tmp_path / "shards", shards=9)  # the last is held out: scenes 8 and 17
+    data = {"dataset": str(shards), "data_format": "webdataset", "streaming": True, "max_samples": None}
+    config = probe_config(**data, max_train_steps=4)  # 4 steps x 2 examples x 2 processes
+
+    def body() -> None:
+        seen: list[str] = []
+
+        def noting(self: Encoder, batch: Batch) -> Encoded:
+            seen.extend(batch.captions)
+            return encode(self, batch)
+
+        encode, Encoder.__call__ = Encoder.__call__, noting  # type: ignore[method-assign]
+        run_probe(config)
+        (tmp_path / f"seen-{os.environ['RANK']}").write_text("\n".join(seen))
+
+    forked.run(body, tmp_path / "logs", world=2)
+    first, second = ((tmp_path / f"seen-{rank}").read_text().splitlines() for rank in (0, 1))
+    assert len(first) == len(second) == 8
+    assert sorted(first + second) == sorted(scene.captions[0] for i, scene in enumerate(scenes) if i % 9 != 8)
 
 
 class Troubled(Plane):

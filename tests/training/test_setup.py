@@ -118,8 +118,8 @@ def test_a_caption_encoder_of_another_width_is_named(probe_config, tmp_path, mon
 def test_crop_and_flip_reach_the_examples(probe_config):
     plain = set_up(probe_config()).examples
     asked = set_up(probe_config(center_crop=False, random_flip=True)).examples
-    assert (plain.center_crop, plain.random_flip) == (True, False)
-    assert (asked.center_crop, asked.random_flip) == (False, True)
+    assert (plain.view.center_crop, plain.view.random_flip) == (True, False)
+    assert (asked.view.center_crop, asked.view.random_flip) == (False, True)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])

@@ -78,7 +78,9 @@ class AdapterConfig(Section):
 
 class DataConfig(Section):
     dataset: str = Field(
-        "scenes", description="`scenes`, or the folder of the data; with data_format huggingface also a hub id"
+        "scenes",
+        description="`scenes`, or the folder of the data; a hub id with huggingface; with streaming also shards, such "
+        "as https://host/train-{000..127}.tar",
     )
     data_format: DataFormat = Field(
         "auto", description="how the data are written; auto = `scenes` or an imagefolder with metadata.jsonl"
@@ -98,7 +100,11 @@ class DataConfig(Section):
         "may be given several times",
     )
     on_bad: Literal["error", "skip"] = Field("error", description="end at a broken record, or leave it out and count")
-    streaming: bool = Field(False, description="huggingface: fetch the first max_samples rows without a download")
+    streaming: bool = Field(
+        False,
+        description="webdataset: read shards from front to back as training goes; huggingface: fetch the first "
+        "max_samples rows without a download",
+    )
     resolution: Annotated[int, Field(gt=0)] | None = Field(
         None, description="pixels of the square image given to the VAE; default: the model's own size"
     )
@@ -110,7 +116,13 @@ class DataConfig(Section):
 
 class TrainDataConfig(DataConfig):
     center_crop: bool = Field(True, description="crop the middle, moved where a box asks for it; off = anywhere")
+    aspect_buckets: bool = Field(
+        False, description="fit pictures to shapes from 1:2 to 2:1 instead of squares, one shape a step"
+    )
     random_flip: bool = Field(False, description="mirror half of the examples whose texts name no side")
+    shuffle_buffer: Annotated[int, Field(gt=1)] = Field(
+        1000, description="streamed shards: records that a stream keeps in memory and shows in random order"
+    )
     cache_dir: Path | None = Field(
         None, description="folder that `dpt data cache` filled; what is not in it is encoded as it comes"
     )

@@ -9,17 +9,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeVar
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from dpt_t2i.data.buckets import Buckets
 from dpt_t2i.data.records import Expression, Negative, Record
-from dpt_t2i.data.transforms import Box, fit_square, mirror, names_a_side, to_pixels
+from dpt_t2i.data.transforms import Box, fit, mirror, names_a_side, to_pixels
 from dpt_t2i.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ TRIES = 20  # draws for a random negative that shows another picture and has ano
 
 @dataclass(frozen=True)
 class Item:
-    """One example; pixels are float32 `[3, S, S]` in [-1, 1]."""
+    """One example; pixels are float32 `[3, H, W]` in [-1, 1], squares unless there are buckets."""
 
     pixels: Tensor
     hard_pixels: Tensor | None  # None: the source has no hard-negative image
@@ -48,9 +49,9 @@ class Item:
 class Batch:
     """B examples. Where something is missing, its mask is False and its place is filled with zeros or ""."""
 
-    images: Tensor  # [B, 3, S, S] in [-1, 1]
-    hard_images: Tensor  # [B, 3, S, S]
-    random_images: Tensor  # [B, 3, S, S]
+    images: Tensor  # [B, 3, H, W] in [-1, 1]
+    hard_images: Tensor  # [B, 3, H, W]
+    random_images: Tensor  # [B, 3, H, W]
     captions: tuple[str, ...]
     hard_captions: tuple[str, ...]
     random_captions: tuple[str, ...]
@@ -68,58 +69,28 @@ class Batch:
         return sum(len(boxes) for boxes in self.boxes)
 
 
-class Examples(Dataset[Item]):
-    """An endless stream over records: position p is example `order(epoch)[p % N]` of epoch `p // N`.
+@dataclass(frozen=True)
+class View:
+    """How a record becomes an example.
 
     Args:
-        resolution: side of the squares in pixels.
         center_crop: False = a crop anywhere; both keep the boxes.
         random_flip: mirror half of the examples whose captions and expression name no side. All three pictures of an
             example are mirrored together, so that no text is true of one for its side only.
-        skip_bad: show the next record in place of one that cannot be read, or whose box is outside its image.
         make_negatives: hard captions for records that have none of their own.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        resolution: int,
-        seed: int = 0,
-        *,
-        center_crop: bool = True,
-        random_flip: bool = False,
-        skip_bad: bool = False,
-        make_negatives: MakeNegatives | None = None,
-    ) -> None:
-        if len(records) < 2:
-            raise ValueError("at least two records are needed: each is the other's random negative")
-        self.records, self.resolution, self.seed = records, resolution, seed
-        self.center_crop, self.random_flip = center_crop, random_flip
-        self.skip_bad, self.make_negatives = skip_bad, make_negatives
-        self._bad: set[str] = set()  # what was said of this process's records
+    center_crop: bool = True
+    random_flip: bool = False
+    make_negatives: MakeNegatives | None = None
 
-    def __getitem__(self, position: int) -> Item:
-        epoch, place = divmod(position, len(self.records))
-        return self.item(epoch, int(_order(self.seed, epoch, len(self.records))[place]))
-
-    def item(self, epoch: int, row: int) -> Item:
-        """Record `row` as it is shown in an epoch.
+    def item(self, records: Sequence[Record], row: int, rng: np.random.Generator, size: tuple[int, int]) -> Item:
+        """Record `row` as `rng` draws it, its random negative another one of `records`; size = width, height.
 
         Raises:
-            InputError: a picture cannot be read or a box is outside its image, and nothing may stand in its place.
+            InputError: a picture cannot be read, a box is outside its image, or all records show one picture.
         """
-        for step in range(len(self.records)):
-            try:
-                return self._item(epoch, (row + step) % len(self.records))
-            except InputError as error:
-                if not self.skip_bad or step == len(self.records) - 1:
-                    raise
-                self._say(str(error))
-        raise AssertionError("there are records")
-
-    def _item(self, epoch: int, row: int) -> Item:
-        rng = np.random.default_rng([self.seed, epoch, row])
-        record = self.records[row]
+        record = records[row]
         caption = record.captions[int(rng.integers(len(record.captions)))]
         expression = _choose(record.expressions, rng)
         negatives = record.negatives
@@ -128,15 +99,15 @@ class Examples(Dataset[Item]):
         paired = record.negative_image is not None and not record.more_negative_images
         negative = _first(negatives) if paired else _choose(negatives, rng)
         hard_image = int(rng.integers(1 + len(record.more_negative_images))) if record.more_negative_images else 0
-        other, random_caption = self._other(row, caption, rng)
+        other, random_caption = random_negative(records, row, caption, rng)
         texts = (caption, negative.caption if negative else "", expression.text if expression else "")
         flip = self.random_flip and rng.random() < 0.5 and not any(map(names_a_side, texts))
 
         def show(picture: Image.Image, keep: Sequence[Box] = ()) -> tuple[Tensor, Tensor]:
             at = None if self.center_crop else (float(rng.random()), float(rng.random()))
-            square, boxes = fit_square(picture, keep, self.resolution, at)
-            square, boxes = mirror(square, boxes) if flip else (square, boxes)
-            return to_pixels(square), boxes
+            fitted, boxes = fit(picture, keep, size, at)
+            fitted, boxes = mirror(fitted, boxes) if flip else (fitted, boxes)
+            return to_pixels(fitted), boxes
 
         picture, keep = record.load_image(), expression.boxes if expression else ()
         record.require_inside(keep, picture.size)
@@ -154,49 +125,148 @@ class Examples(Dataset[Item]):
             record=row,
         )
 
-    def _other(self, row: int, caption: str, rng: np.random.Generator) -> tuple[Record, str]:
-        """A random negative: a record of another picture, and with another caption if one is found in 20 draws."""
-        count, own = len(self.records), self.records[row].picture
-        found = None
-        for _ in range(TRIES):
-            index = int(rng.integers(count - 1))
-            other = self.records[index + (index >= row)]
-            if other.picture == own:
-                continue
-            found = other, other.captions[int(rng.integers(len(other.captions)))]
-            if found[1] != caption:
-                return found
-        if found is not None:
-            return found
-        for step in range(1, count):  # nearly all records show this picture
-            other = self.records[(row + step) % count]
-            if other.picture != own:
-                return other, other.captions[int(rng.integers(len(other.captions)))]
-        raise InputError(f"all {count} records show the picture `{own}`: there is no random negative; give others")
+
+VIEW = View()
+
+
+class StandIns:
+    """Shows the next record in place of one that cannot be read or whose box is outside its image, and says it once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()  # of this process's records
+
+    def __call__(self, make: Callable[[int], Item], row: int, count: int) -> Item:
+        """`make(row)`, or of the next row in a circle of `count` that is sound; raises `InputError` if none is."""
+        for step in range(count):
+            try:
+                return make((row + step) % count)
+            except InputError as error:
+                if step == count - 1:
+                    raise
+                self._say(str(error))
+        raise AssertionError("there are records")
 
     def _say(self, message: str) -> None:
-        if message not in self._bad:
-            self._bad.add(message)
-            log.warning("left out (%d so far): %s", len(self._bad), message)
+        if message not in self._said:
+            self._said.add(message)
+            log.warning("left out (%d so far): %s", len(self._said), message)
+
+
+class Examples(Dataset[Item]):
+    """An endless stream over records: position p is example `order(epoch)[p % N]` of epoch `p // N`.
+
+    Args:
+        resolution: side of the squares in pixels.
+        skip_bad: show the next record in place of one that cannot be read, or whose box is outside its image.
+        buckets: shapes of the examples, and then their order; None = squares.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        resolution: int,
+        seed: int = 0,
+        view: View = VIEW,
+        *,
+        skip_bad: bool = False,
+        buckets: Buckets | None = None,
+    ) -> None:
+        if len(records) < 2:
+            raise ValueError("at least two records are needed: each is the other's random negative")
+        self.records, self.resolution, self.seed, self.view = records, resolution, seed, view
+        self.buckets = buckets
+        self._stand_in = StandIns() if skip_bad else None
+
+    def __getitem__(self, position: int) -> Item:
+        epoch, place = divmod(position, len(self.records if self.buckets is None else self.buckets))
+        if self.buckets is not None:
+            return self.item(epoch, self.buckets.row(self.seed, epoch, place))
+        return self.item(epoch, int(_order(self.seed, epoch, len(self.records))[place]))
+
+    def item(self, epoch: int, row: int) -> Item:
+        """Record `row` as it is shown in an epoch.
+
+        Raises:
+            InputError: a picture cannot be read or a box is outside its image, and nothing may stand in its place.
+        """
+        size = (self.resolution, self.resolution) if self.buckets is None else self.buckets.size(row)
+        make = partial(self._item, epoch, size)
+        return make(row) if self._stand_in is None else self._stand_in(make, row, len(self.records))
+
+    def loader(self, part: Part, workers: int) -> DataLoader[Batch]:
+        """A rank's batches, from its first step on."""
+        order = MicroBatches(part)
+        return DataLoader(self, batch_sampler=order, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+
+    def identity(self, workers: int) -> dict[str, Any]:
+        """All that decides which examples come, beside seed and batch: a run that goes on must have the same."""
+        crop = {"center_crop": self.view.center_crop, "random_flip": self.view.random_flip}
+        return {"records": len(self.records), "aspect_buckets": self.buckets is not None} | crop
+
+    def _item(self, epoch: int, size: tuple[int, int], row: int) -> Item:
+        rng = np.random.default_rng([self.seed, epoch, row])
+        return self.view.item(self.records, row, rng, size)
+
+
+def random_negative(records: Sequence[Record], row: int, caption: str, rng: np.random.Generator) -> tuple[Record, str]:
+    """A record of another picture than that of `row`, and with another caption if one is found in 20 draws.
+
+    Raises:
+        InputError: all records show one picture.
+    """
+    count, own = len(records), records[row].picture
+    found = None
+    for _ in range(TRIES if count > 1 else 0):
+        index = int(rng.integers(count - 1))
+        other = records[index + (index >= row)]
+        if other.picture == own:
+            continue
+        found = other, other.captions[int(rng.integers(len(other.captions)))]
+        if found[1] != caption:
+            return found
+    if found is not None:
+        return found
+    for step in range(1, count):  # nearly all records show this picture
+        other = records[(row + step) % count]
+        if other.picture != own:
+            return other, other.captions[int(rng.integers(len(other.captions)))]
+    raise InputError(f"all {count} records show the picture `{own}`: there is no random negative; give others")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which batches a process gets: its micro-batches of the optimiser steps `[first_step, steps)`."""
+
+    batch_size: int
+    accumulation: int = 1
+    rank: int = 0
+    world: int = 1
+    first_step: int = 0
+    steps: int = 1
+
+    @property
+    def micro_batches(self) -> range:
+        """Their numbers, counted from step 0."""
+        return range(self.first_step * self.accumulation, self.steps * self.accumulation)
 
 
 class MicroBatches:
-    """Positions of each micro-batch of this rank, from a given optimiser step on (a DataLoader's `batch_sampler`).
+    """Positions of each micro-batch of a part (a DataLoader's `batch_sampler`).
 
     Micro-batch a of step s covers positions `[(s * A + a) * W * B, ...)`; rank r takes its r-th part of B.
     """
 
-    def __init__(self, batch_size: int, accumulation: int, rank: int, world: int, first_step: int, steps: int) -> None:
-        self.batch_size, self.rank, self.world = batch_size, rank, world
-        self.micro = range(first_step * accumulation, steps * accumulation)
+    def __init__(self, part: Part) -> None:
+        self.part = part
 
     def __iter__(self) -> Iterator[list[int]]:
-        for micro in self.micro:
-            start = (micro * self.world + self.rank) * self.batch_size
-            yield list(range(start, start + self.batch_size))
+        size = self.part.batch_size
+        for micro in self.part.micro_batches:
+            start = (micro * self.part.world + self.part.rank) * size
+            yield list(range(start, start + size))
 
     def __len__(self) -> int:
-        return len(self.micro)
+        return len(self.part.micro_batches)
 
 
 def collate(items: Sequence[Item]) -> Batch:

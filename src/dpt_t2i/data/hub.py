@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,10 @@ class HubImage:
     row: int
 
     def __call__(self) -> Image.Image:
-        return _stored(self.dataset[self.row][COLUMN], f"row {self.row}")()
+        try:
+            return _stored(self.dataset[self.row][COLUMN], f"row {self.row}")()
+        except ValueError as error:
+            raise InputError(f"row {self.row} of the data set: {error}; mend it, or use on_bad: skip") from error
 
 
 def read_hub(
@@ -47,8 +50,11 @@ def read_hub(
     if streaming and limit is None:
         raise InputError(f"data set `{name}`: a stream has no end that we know; give max_samples")
     dataset = _load(name, split, streaming)
-    if COLUMN not in (dataset.column_names or ()):
-        raise InputError(f"data set `{name}` has no column `{COLUMN}`, only {', '.join(dataset.column_names or ())}")
+    columns = dataset.column_names
+    if columns is None:
+        raise InputError(f"data set `{name}` does not tell its columns while it is streamed; leave out --streaming")
+    if COLUMN not in columns:
+        raise InputError(f"data set `{name}` has no column `{COLUMN}`, only {', '.join(columns)}")
     faults = faults or Faults()
     yield from sound(_records(dataset, name, streaming, limit, faults), faults)
 
@@ -56,9 +62,9 @@ def read_hub(
 def _records(
     dataset: Any, name: str, streaming: bool, limit: int | None, faults: Faults
 ) -> Iterator[tuple[str, Record]]:
-    encoded = _undecoded(dataset)
+    encoded = _reach(name, _undecoded, dataset)
     rows = encoded if streaming else encoded.remove_columns(COLUMN)
-    for number, row in enumerate(islice(rows, limit)):
+    for number, row in enumerate(islice(_each(rows, name), limit)):
         where = f"data set `{name}`, row {number}"
         image = row.pop(COLUMN) if streaming else HubImage(encoded, number)
         record = faults.attempt(where, _record, row, image, name, number)
@@ -73,14 +79,16 @@ def _record(row: Mapping[str, Any], image: Any, name: str, number: int) -> Recor
 
 
 def _stored(value: Any, where: str) -> EncodedImage:
-    """The bytes of an undecoded image cell."""
+    """The bytes of an undecoded image cell, or ValueError."""
     cell = table(value, f"column `{COLUMN}`")
     if cell.get("bytes") is not None:
         return EncodedImage(cell["bytes"], where)
+    if cell.get("path") is None:
+        raise ValueError(f"column `{COLUMN}` has neither bytes nor a path")
     try:
-        return EncodedImage(Path(str(cell.get("path"))).read_bytes(), str(cell.get("path")))
+        return EncodedImage(Path(cell["path"]).read_bytes(), cell["path"])
     except OSError as error:
-        raise InputError(f"cannot read image {cell.get('path')}: {error.strerror}") from error
+        raise ValueError(f"cannot read image {cell['path']}: {error.strerror}") from error
 
 
 def _undecoded(dataset: Any) -> Any:
@@ -124,6 +132,14 @@ def _library() -> Any:
 
 def _is_stored(name: str) -> bool:
     return any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+
+
+def _each(rows: Iterable[Any], name: str) -> Iterator[Any]:
+    """The rows; what their source raises on the way is told as when it is opened."""
+    remaining = iter(rows)
+    end = object()
+    while (row := _reach(name, next, remaining, end)) is not end:
+        yield row
 
 
 def _reach(name: str, load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -21,27 +21,33 @@ METADATA = "metadata.jsonl"
 
 
 def read_imagefolder(folder: Path, faults: Faults | None = None) -> list[Record]:
-    """All records of a folder, in the order of its metadata. Images are opened when they are used.
+    """All records of a folder, in the order of its metadata; see `each_record`."""
+    return list(each_record(folder, faults))
+
+
+def each_record(folder: Path, faults: Faults | None = None) -> Iterator[Record]:
+    """The records of a folder one after the other. Images are opened when they are used.
 
     Raises:
         InputError: the metadata is missing or empty, or, unless `faults` skips such records, a line is broken or a
             file that it names is not there.
     """
-    file = Path(folder) / METADATA
+    file, faults = Path(folder) / METADATA, faults or Faults()
     if not file.is_file():
         raise InputError(f"{file} does not exist; `dpt scenes export` writes such a folder")
-    faults = faults or Faults()
-    records = list(sound(_records(Path(folder), file, faults), faults))
-    if not records:
+    empty = True
+    for record in sound(_records(Path(folder), file, faults), faults):
+        empty = False
+        yield record
+    if empty:
         raise InputError(f"{file} holds no record")
-    return records
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The metadata's lines as they stand, one a record of `read_imagefolder`, whose errors they share."""
-    read_imagefolder(folder)
-    lines = (Path(folder) / METADATA).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    """The metadata's lines, one a record of `read_imagefolder`, whose errors they share; each with its `captions`."""
+    records = read_imagefolder(folder)
+    rows = (json.loads(line) for _, line in read_lines(Path(folder) / METADATA))
+    return [row | {"captions": list(record.captions)} for row, record in zip(rows, records, strict=True)]
 
 
 def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -68,7 +68,7 @@ def run_inspect(config: InspectConfig) -> dict[str, Any]:
 def look(records: Sequence[Record]) -> Findings:
     """Open every picture once and compare all records with each other."""
     findings = Findings()
-    pictures: dict[bytes, list[str]] = defaultdict(list)
+    pictures: dict[bytes, dict[str, str]] = defaultdict(dict)  # content -> picture -> first record that shows it
     captions: dict[str, set[str]] = defaultdict(set)
     for row, record in enumerate(records):
         name = _name(record)
@@ -77,7 +77,8 @@ def look(records: Sequence[Record]) -> Findings:
             findings.unreadable.add(row)
         else:
             findings.sizes[image.size] += 1
-            pictures[hashlib.sha1(image.tobytes() + str(image.size).encode()).digest()].append(name)
+            content = hashlib.sha1(image.tobytes() + str(image.size).encode()).digest()
+            pictures[content].setdefault(record.picture, name)
             for expression in record.expressions:
                 try:
                     check_inside(expression.boxes, image.size)
@@ -88,7 +89,7 @@ def look(records: Sequence[Record]) -> Findings:
         _compare_texts(record, name, findings)
     for names in pictures.values():
         if len(names) > 1:
-            findings.add("duplicate picture", " = ".join(names))
+            findings.add("duplicate picture", " = ".join(names.values()))
     for caption, owners in captions.items():
         if len(owners) > 1:
             findings.add("duplicate caption", f"{caption!r} of {len(owners)} pictures")

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpt_t2i.config import DataConfig
+from dpt_t2i.data.shards import is_address, shard_names
 from dpt_t2i.errors import InputError
 
 # Names of annotation files below `dataset`; {split} is the split's name.
 PATTERNS = {
-    "coco": ("annotations/captions_{split}*.json", "annotations/instances_{split}*.json", "*_{split}*.json"),
+    "coco": tuple(f"{at}{kind}_{{split}}*.json" for at in ("annotations/", "") for kind in ("captions", "instances")),
     "refcoco": ("refs(*).p", "instances.json"),
     "mdetr": ("*_{split}.json", "annotations/*_{split}.json"),
     "hard_negatives": ("{split}*.tsv", "{split}*/imgname2txtid.json"),
@@ -43,6 +44,28 @@ def annotation_files(config: DataConfig, form: str, split: str, held_out: bool) 
     return tuple(dict.fromkeys(files))
 
 
+def streamed_shards(config: DataConfig) -> tuple[list[str], list[str]]:
+    """Tar shards to train on and held-out ones: files or addresses; without held-out ones the last shard is held out.
+
+    Raises:
+        InputError: there are no shards, only one, or a file that does not exist.
+    """
+    if config.dataset.endswith(".tar"):
+        train = [name for part in config.dataset.split(",") for name in shard_names(part)]
+        missing = [name for name in train if not is_address(name) and not Path(name).is_file()]
+        if missing:
+            raise InputError(f"shard {missing[0]} does not exist ({len(missing)} of {len(train)} are missing)")
+        held_out = [str(path) for path in config.val_annotations]
+    else:
+        train, held_out = (
+            [str(path) for path in annotation_files(config, "webdataset", split, held)]
+            for split, held in ((config.train_split, False), (config.val_split, True))
+        )
+    if len(train) < 2 and not held_out:
+        raise InputError(f"{config.dataset}: {len(train)} tar shards, of which the last is held out; give more")
+    return (train, held_out) if held_out else (train[:-1], train[-1:])
+
+
 def patterns(form: str, split: str) -> str:
     """What `annotation_files` looks for, in words."""
     return ", ".join(pattern.format(split=split) for pattern in PATTERNS[form])
@@ -61,7 +84,7 @@ def image_folder(config: DataConfig, files: Sequence[Path]) -> Path:
         return config.image_root
     folder = Path(config.dataset)
     named = [match[1] for path in files if (match := re.search(r"_([a-z]+\d*)$", path.stem))]
-    for name in (*named, "train2014", "images"):
+    for name in (*named, *(f"images/{part}" for part in named), "train2014", "images"):
         if (folder / name).is_dir():
             return folder / name
     return folder

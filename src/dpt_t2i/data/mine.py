@@ -81,15 +81,13 @@ def nearest(images: Tensor, texts: Tensor, top_k: int, duplicate: float, chunk: 
     """For each of N records its hardest negatives, fewer than `top_k` where there are no more.
 
     Args:
-        images, texts: unit vectors `[N, D]` of the records' images and captions.
+        images, texts: unit vectors `[N, D]` of the records' images and captions, on the device that compares them.
         duplicate: cosine between two images, or two captions, above which they are taken for the same: such a record
             is no negative, since its caption may be true.
     """
-    numbers = torch.arange(len(images))
+    numbers = torch.arange(len(images), device=images.device)
     for q in numbers.split(chunk):
-        best = {
-            side: (torch.empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.long)) for side in ("captions", "images")
-        }
+        best = {side: (images.new_empty(len(q), 0), numbers.new_empty(len(q), 0)) for side in ("captions", "images")}
         for c in numbers.split(chunk):
             same = (images[q] @ images[c].T > duplicate) | (texts[q] @ texts[c].T > duplicate) | (q[:, None] == c)
             for side, (asked, offered) in {"captions": (images, texts), "images": (texts, images)}.items():

@@ -50,6 +50,10 @@ class Record:
         """The image in RGB; raises `InputError` naming the file if it is missing or broken."""
         return _load(self.image)
 
+    def image_size(self) -> tuple[int, int]:
+        """Width and height in pixels, of a file by its header alone; errors as in `load_image`."""
+        return _load(self.image, whole=False).size
+
     def load_negative_image(self, number: int = 0) -> Image.Image | None:
         """A hard-negative image in RGB (0 = `negative_image`), or None where the record has none."""
         if self.negative_image is None:
@@ -85,11 +89,11 @@ def check_inside(boxes: Sequence[tuple[float, float, float, float]], size: tuple
             )
 
 
-def _load(source: ImageSource) -> Image.Image:
+def _load(source: ImageSource, whole: bool = True) -> Image.Image:
     if not isinstance(source, Path):
         return source()
     try:
         with Image.open(source) as image:
-            return image.convert("RGB")
+            return image.convert("RGB") if whole else image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read image {source}: {error}; replace or remove the file") from error

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
@@ -27,8 +29,21 @@ from dpt_t2i.data.records import ImageSource, Record
 from dpt_t2i.errors import InputError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-BLOCK = 512  # bytes of a tar block
-DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, OverflowError)
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # {000..127} of a shard's name
+DAMAGED = (tarfile.TarError, OSError, HTTPException, EOFError, ValueError, KeyError, IndexError, OverflowError)
+
+
+class WholeTarInfo(tarfile.TarInfo):
+    """A header of an archive that must be whole: `tarfile` takes a damaged or a missing one for the archive's end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> WholeTarInfo:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf == bytes(tarfile.BLOCKSIZE):  # the true end
+                raise
+            raise tarfile.ReadError(f"no header of a member and no end of the archive: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +119,31 @@ def stream_shards(
         yield from sound(_samples(stem, shard, _streamed(shard, faults), faults), faults)
 
 
+def shard_names(pattern: str) -> list[str]:
+    """`train-{000..002}.tar` -> train-000.tar, train-001.tar, train-002.tar; several ranges give every combination."""
+    match = RANGE.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = int(match[1]), int(match[2])
+    width = len(match[1]) if match[1].startswith("0") else 0
+    heads = (f"{pattern[: match.start()]}{number:0{width}d}" for number in range(first, last + 1))
+    return [head + tail for head in heads for tail in shard_names(pattern[match.end() :])]
+
+
 def _indexed(shard: Path, faults: Faults) -> Iterator[TarImage]:
     """Every file of a shard; ends with a fault where the shard is cut."""
-    end = 0
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with tarfile.open(shard, "r:", tarinfo=WholeTarInfo) as tar:
             for member in tar:
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                 if member.isfile() and member.size >= 0:
                     yield TarImage(str(shard), member.offset_data, member.size, member.name)
-        with shard.open("rb") as file:  # tarfile takes a damaged header for the end
-            file.seek(end)
-            if file.read(BLOCK) != bytes(BLOCK):
-                raise tarfile.ReadError("unexpected end of data")
     except DAMAGED as error:
         faults.report(str(shard), f"no whole uncompressed tar: {error}")
 
 
 def _streamed(shard: str, faults: Faults) -> Iterator[EncodedImage]:
     try:
-        with _open(shard) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+        with _open(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=WholeTarInfo) as tar:
             for member in tar:
                 file = tar.extractfile(member) if member.isfile() else None
                 if file is not None:
@@ -132,8 +152,13 @@ def _streamed(shard: str, faults: Faults) -> Iterator[EncodedImage]:
         faults.report(shard, f"no whole tar: {error}")
 
 
+def is_address(shard: str) -> bool:
+    """Whether a shard is read over the network."""
+    return urlparse(shard).scheme in ("http", "https")
+
+
 def _open(shard: str) -> IO[bytes]:
-    if urlparse(shard).scheme in ("http", "https"):
+    if is_address(shard):
         stream: IO[bytes] = urlopen(shard, timeout=60)
         return stream
     return open(shard, "rb")

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from dpt_t2i.config import DataConfig
 from dpt_t2i.data.coco import read_coco
+from dpt_t2i.data.excluded import excluded_pictures, without_images
 from dpt_t2i.data.faults import Faults
-from dpt_t2i.data.fields import coco_image_id
 from dpt_t2i.data.hub import read_hub, split_names
-from dpt_t2i.data.imagefolder import read_imagefolder
+from dpt_t2i.data.imagefolder import each_record
 from dpt_t2i.data.index import RecordIndex, Selection
-from dpt_t2i.data.layouts import annotation_files, image_folder, patterns
-from dpt_t2i.data.mdetr import pictures_of, read_mdetr
-from dpt_t2i.data.records import ImageSource, Record
-from dpt_t2i.data.refcoco import HELD_OUT, held_out_images, read_refcoco
+from dpt_t2i.data.layouts import annotation_files, image_folder, patterns, streamed_shards
+from dpt_t2i.data.mdetr import read_mdetr
+from dpt_t2i.data.records import Record
+from dpt_t2i.data.refcoco import read_refcoco
 from dpt_t2i.data.release import read_release
 from dpt_t2i.data.scenes import SceneRecords
-from dpt_t2i.data.shards import read_shards
+from dpt_t2i.data.shards import read_shards, stream_shards
 from dpt_t2i.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,11 @@ def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[R
         length = config.val_samples if split == "val" else config.max_samples or SCENES_TRAIN
         return SceneRecords(split, length, resolution, config.data_seed)
     faults = Faults(config.on_bad)
-    if _has_own(config, "val"):
-        records: Sequence[Record] = RecordIndex(read_source(config, split, faults))
+    records: Sequence[Record]
+    if is_streamed(config):
+        records = _of_stream(config, split, faults)
+    elif _has_own(config, "val"):
+        records = RecordIndex(read_source(config, split, faults))
         if split == "train":
             records = _without_held_out(config, records)
         records = records[: config.val_samples if split == "val" else config.max_samples]
@@ -84,6 +88,11 @@ def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[R
     return records
 
 
+def is_streamed(config: DataConfig) -> bool:
+    """Whether training reads tar shards from front to back (`data.streams`) and not at random."""
+    return config.streaming and config.data_format == "webdataset"
+
+
 def count(records: Sequence[Record]) -> Counts:
     """Go once through the records; no image is opened."""
     sums = [0] * 7
@@ -102,7 +111,7 @@ def read_source(config: DataConfig, side: Side, faults: Faults) -> Iterator[Reco
     split = config.val_split if side == "val" else config.train_split
     if form == "imagefolder":
         own = Path(config.dataset) / split
-        yield from read_imagefolder(own if own.is_dir() else Path(config.dataset), faults)
+        yield from each_record(own if own.is_dir() else Path(config.dataset), faults)
         return
     if form == "huggingface":
         limit = config.val_samples if side == "val" else config.max_samples
@@ -125,6 +134,14 @@ def read_source(config: DataConfig, side: Side, faults: Faults) -> Iterator[Reco
     else:
         for path in files:
             yield from read_release(path, root, faults)
+
+
+def _of_stream(config: DataConfig, split: Side, faults: Faults) -> Sequence[Record]:
+    """The first held-out records of shards that are streamed, kept in memory."""
+    if split == "train":
+        raise InputError("streamed shards have no index; leave out --streaming, which needs the shards on disk")
+    shards = streamed_shards(config)[1]
+    return RecordIndex(islice(stream_shards(shards, faults=faults), config.val_samples))
 
 
 def _format(config: DataConfig) -> str:
@@ -150,19 +167,14 @@ def _has_own(config: DataConfig, side: Side) -> bool:
 
 
 def _without_held_out(config: DataConfig, records: Sequence[Record]) -> Sequence[Record]:
-    """Leave out the records and the hard-negative images that show an image of RefCOCO's validation or test."""
-    excluded: set[str] = set()
-    paths = list(config.exclude_refs)
-    if _format(config) == "refcoco":
-        paths += [path for path in annotation_files(config, "refcoco", config.train_split, False) if _is_pickle(path)]
-    for path in paths:
-        excluded |= held_out_images(path) if _is_pickle(path) else pictures_of(path)
+    """Leave out the records and the hard-negative images that show an image of RefCOCO's validation and test."""
+    form = _format(config)
+    own = annotation_files(config, form, config.train_split, False) if form == "refcoco" else ()
+    excluded = excluded_pictures(config, own)
     if not excluded:
         return records
-    if config.train_split in HELD_OUT:
-        raise InputError(f"train_split {config.train_split} is a held-out split of RefCOCO; train on `train`")
     kept = _keep(records, lambda record: record.image_id not in excluded)
-    left = RecordIndex(_without_images(record, excluded) for record in kept)
+    left = RecordIndex(without_images(record, excluded) for record in kept)
     images = count(kept).negative_images - count(left).negative_images
     log.info(
         "%d of %d records and %d hard-negative images left out of training: they show images of RefCOCO's "
@@ -174,18 +186,6 @@ def _without_held_out(config: DataConfig, records: Sequence[Record]) -> Sequence
     if not any(record.image_id for record in records):
         raise InputError("exclude_refs: no record of the data set tells its COCO image id; give `image_id`s")
     return left
-
-
-def _without_images(record: Record, excluded: set[str]) -> Record:
-    sources = [image for image in (record.negative_image, *record.more_negative_images) if image is not None]
-    kept = [image for image in sources if not _shows(image, excluded)]
-    if len(kept) == len(sources):
-        return record
-    return replace(record, negative_image=kept[0] if kept else None, more_negative_images=tuple(kept[1:]))
-
-
-def _shows(image: ImageSource, excluded: set[str]) -> bool:
-    return isinstance(image, Path) and coco_image_id(image.name) in excluded
 
 
 def _keep(records: Sequence[Record], wanted: Callable[[Record], bool]) -> Sequence[Record]:
@@ -202,10 +202,6 @@ def _is_usable(record: Record, faults: Faults) -> bool:
         faults.report(f"{record.source}/{record.id}", str(error))
         return False
     return True
-
-
-def _is_pickle(path: Path) -> bool:
-    return path.suffix in (".p", ".pkl", ".pickle")
 
 
 def _tell(split: Side, counts: Counts, faults: Faults) -> None:

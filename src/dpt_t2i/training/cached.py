@@ -93,10 +93,11 @@ def open_cache(config: TrainDataConfig, backbone: Backbone, size: int) -> Cached
     """None where the settings name none.
 
     Raises:
-        InputError: the folder is not there.
+        InputError: the folder is not there, or examples are no squares.
     """
     if config.cache_dir is None:
         return None
+    _require_squares(config)
     if not config.cache_dir.is_dir():
         raise InputError(f"cache_dir {config.cache_dir} does not exist; `dpt data cache` fills one")
     return CachedEncodings(config.cache_dir, backbone, size, config.cache_dtype)
@@ -111,6 +112,7 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
     data = config.data
     if data.cache_dir is None:
         raise InputError("`dpt data cache` needs cache_dir, the folder to fill")
+    _require_squares(data)
     if not data.center_crop:
         raise InputError("random crops never come back, so they cannot be cached; set center_crop")
     if data.dataset == "scenes" and data.max_samples is None:
@@ -127,6 +129,11 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
     latents = fill(cached.latents, names, lambda n, beat: _latents(cached, parts[n], config, size, beat), first)
     text = fill(cached.text, names, lambda n, beat: _text(cached, parts[n], beat), first)
     return _summary(gathered([(latents.rows, text.rows)], state), len(records), data.cache_dir, cached)
+
+
+def _require_squares(data: TrainDataConfig) -> None:
+    if data.aspect_buckets:
+        raise InputError("a cache holds squares; leave out aspect_buckets or cache_dir")
 
 
 def _summary(rows: Sequence[tuple[int, int]], records: int, root: Path, cached: CachedEncodings) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Encoder:
         grounding: encoder of expressions; None = the T2I model's own token states.
         vae_batch_size: images in one pass of the VAE, whose memory grows with them (three an example).
         cached: where latents and text states are looked for first.
+        skip_bad: mask the grounding of an expression whose span touches no token.
     """
 
     def __init__(
@@ -67,17 +68,19 @@ class Encoder:
         grounding: GroundingTextEncoder | None,
         vae_batch_size: int = 8,
         cached: CachedEncodings | None = None,
+        skip_bad: bool = False,
     ) -> None:
         self.backbone, self.num_token_classes, self.grounding = backbone, num_token_classes, grounding
-        self.vae_batch_size, self.cached = vae_batch_size, cached
+        self.vae_batch_size, self.cached, self.skip_bad = vae_batch_size, cached, skip_bad
         self.cut: dict[str, str] = {}  # texts over the encoder's limit -> what of them is not read
+        self._untouched: set[str] = set()  # what was said of spans that touch no token
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Encoded:
         """Encode one batch: images a few at a time, every distinct text once.
 
         Raises:
-            InputError: the spans of an expression touch no token.
+            InputError: the spans of an expression touch no token, and it may not be left out.
         """
         device = self.backbone.device
         columns = (batch.captions, batch.hard_captions, batch.random_captions, batch.expressions)
@@ -134,13 +137,23 @@ class Encoder:
         return own.tokens, own.mask, self.backbone.token_offsets(expressions)
 
     def _targets(self, batch: Batch, offsets: Sequence[Sequence[tuple[int, int]]]) -> GroundingTargets:
-        maps = []
+        boxes, maps = list(batch.boxes), []
         for index, spans in enumerate(batch.spans):
             try:
                 maps.append(positive_map(offsets[index], [[span] for span in spans], self.num_token_classes))
             except InputError as error:
-                raise InputError(f"record {batch.records[index]}, {batch.expressions[index]!r}: {error}") from error
-        return GroundingTargets(boxes=batch.boxes, positive_map=tuple(maps))
+                said = f"record {batch.records[index]}, {batch.expressions[index]!r}: {error}"
+                if not self.skip_bad:
+                    raise InputError(said) from error
+                self._say(said)
+                boxes[index] = boxes[index][:0]
+                maps.append(positive_map(offsets[index], (), self.num_token_classes))
+        return GroundingTargets(boxes=tuple(boxes), positive_map=tuple(maps))
+
+    def _say(self, message: str) -> None:
+        if message not in self._untouched:
+            self._untouched.add(message)
+            log.warning("grounding left out (%d so far): %s", len(self._untouched), message)
 
 
 def report_cut(encoder: Encoder, folder: Path) -> None:

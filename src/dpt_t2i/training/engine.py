@@ -196,9 +196,7 @@ def _identity(job: Job, accelerator: Accelerator) -> dict[str, Any]:
         * accelerator.num_processes,
         "seed": feed.seed,
         "data_seed": feed.data.data_seed,
-        "records": len(feed.examples.records),
-        "center_crop": feed.examples.center_crop,
-        "random_flip": feed.examples.random_flip,
+        **feed.examples.identity(feed.data.dataloader_num_workers),
     }
 
 

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from dpt_t2i.backbones.image_text import load_image_text
+from dpt_t2i.backbones.loading import resolve_device
 from dpt_t2i.config import MineConfig
 from dpt_t2i.data.imagefolder import read_imagefolder, read_rows, write_rows
 from dpt_t2i.data.mine import RULE, add_mined, embed, nearest, write_mined
@@ -31,7 +32,8 @@ def run_mine(config: MineConfig) -> dict[str, Any]:
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
-    found = list(nearest(images, texts, config.top_k, config.duplicate_cosine))
+    place = resolve_device(config.device)
+    found = list(nearest(images.to(place), texts.to(place), config.top_k, config.duplicate_cosine))
     settings = {"top_k": config.top_k, "duplicate_cosine": config.duplicate_cosine, "records": len(records)}
     write_mined(config.dataset, encoder, settings, rows, found)
     mined = add_mined(rows, found)

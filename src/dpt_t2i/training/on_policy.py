@@ -22,7 +22,9 @@ from torch import Tensor
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.config import ItmRecConfig, SampleConfig
 from dpt_t2i.data.examples import Batch, Examples, Item, collate
+from dpt_t2i.data.streams import ShardStream
 from dpt_t2i.data.transforms import to_pixels
+from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import generate, jobs_of
 
 FILE = "on_policy.safetensors"
@@ -36,9 +38,17 @@ class OnPolicy:
         self._round, self._images, self._pool = -1, list[Image.Image](), list[Item]()
 
     @staticmethod
-    def of(loss: ItmRecConfig, backbone: Backbone, examples: Examples, seed: int) -> OnPolicy | None:
-        """None where the config asks for none."""
-        return OnPolicy(loss, backbone, examples, seed) if loss.on_policy_fraction > 0 else None
+    def of(loss: ItmRecConfig, backbone: Backbone, examples: Examples | ShardStream, seed: int) -> OnPolicy | None:
+        """None where the config asks for none.
+
+        Raises:
+            InputError: the examples are streamed or of several shapes: a pool is drawn at random, and of squares.
+        """
+        if loss.on_policy_fraction == 0:
+            return None
+        if not isinstance(examples, Examples) or examples.buckets is not None:
+            raise InputError("on_policy_fraction does not go with streamed shards or aspect_buckets; leave out one")
+        return OnPolicy(loss, backbone, examples, seed)
 
     def __call__(self, step: int, batch: Batch) -> Batch:
         current = step // self.loss.on_policy_every

@@ -20,9 +20,11 @@ from dpt_t2i.backbones.loading import load_backbone, resolve_device
 from dpt_t2i.backbones.taps import parse_fusion
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import ProbeConfig, TrainConfig, TuneConfig, save_config
-from dpt_t2i.data.examples import Examples
+from dpt_t2i.data.buckets import sort_into_buckets
+from dpt_t2i.data.examples import Examples, View
 from dpt_t2i.data.perturb import perturb
-from dpt_t2i.data.sources import open_records
+from dpt_t2i.data.sources import is_streamed, open_records
+from dpt_t2i.data.streams import ShardStream, open_stream
 from dpt_t2i.errors import InputError
 from dpt_t2i.training.cached import open_cache
 from dpt_t2i.training.checkpoint import checkpoints
@@ -54,7 +56,7 @@ class Setup:
     adapter: DiscriminativeAdapter
     adapter_metadata: dict[str, Any]  # what came with the adapter that training starts from
     encoder: Encoder
-    examples: Examples
+    examples: Examples | ShardStream
     validation: Validation
 
 
@@ -97,16 +99,15 @@ def set_up(config: StageConfig) -> Setup:
     adapter = adapter.to(accelerator.device)
     size = config.data.resolution or min(backbone.image_size)
     cached = open_cache(config.data, backbone, size)
-    encoder = Encoder(backbone, adapter.config.num_token_classes, grounding, settings.vae_batch_size, cached)
-    examples = Examples(
-        open_records(config.data, "train", size),
-        size,
-        config.data.data_seed,
-        center_crop=config.data.center_crop,
-        random_flip=config.data.random_flip,
+    encoder = Encoder(
+        backbone,
+        adapter.config.num_token_classes,
+        grounding,
+        settings.vae_batch_size,
+        cached,
         skip_bad=config.data.on_bad == "skip",
-        make_negatives=perturb,
     )
+    examples = _open_examples(config, size, accelerator.num_processes)
     held_out = open_records(config.data, "val", size)
     validation = Validation(backbone, adapter, taps, held_out, size, batch_size=settings.val_batch_size)
     return Setup(accelerator, backbone, taps, adapter, metadata, encoder, examples, validation)
@@ -142,6 +143,20 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
     if tracker is not None:
         start_trackers(accelerator, config.run_name)
     return accelerator
+
+
+def _open_examples(config: StageConfig, size: int, processes: int) -> Examples | ShardStream:
+    data, train = config.data, config.train
+    view, skip_bad = View(data.center_crop, data.random_flip, perturb), data.on_bad == "skip"
+    if is_streamed(data):
+        return open_stream(data, size, view)
+    records, buckets = open_records(data, "train", size), None
+    if data.aspect_buckets:
+        step = train.train_batch_size * train.gradient_accumulation_steps * processes
+        buckets = sort_into_buckets(records, size, step, skip_bad=skip_bad)
+        shapes = (f"{count} of {width} x {height}" for (width, height), count in buckets.counts().items())
+        log.info("aspect buckets: %s", ", ".join(shapes))
+    return Examples(records, size, data.data_seed, view, skip_bad=skip_bad, buckets=buckets)
 
 
 def _prepare_denoiser(backbone: Backbone, settings: TrainConfig, accelerator: Accelerator) -> None:

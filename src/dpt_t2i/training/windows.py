@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dpt_t2i.config import DataConfig, TrainConfig
-from dpt_t2i.data.examples import Batch, Examples, MicroBatches, collate
+from dpt_t2i.data.examples import Batch, Examples, Part
+from dpt_t2i.data.streams import ShardStream
 from dpt_t2i.errors import InputError
 from dpt_t2i.training.encode import Encoded, Encoder
 from dpt_t2i.training.objective import Draw
@@ -24,7 +24,7 @@ class Feed:
     """Where the micro-batches of a run come from."""
 
     encoder: Encoder
-    examples: Examples
+    examples: Examples | ShardStream
     train: TrainConfig
     data: DataConfig
     caption_dropout: float
@@ -36,11 +36,8 @@ def windows(feed: Feed, accelerator: Accelerator, first: int) -> Iterator[Window
     """The encoded micro-batches of each optimiser step from `first` on."""
     settings, world, rank = feed.train, accelerator.num_processes, accelerator.process_index
     accumulation = settings.gradient_accumulation_steps
-    order = MicroBatches(settings.train_batch_size, accumulation, rank, world, first, settings.max_train_steps)
-    loader = DataLoader(
-        feed.examples, batch_sampler=order, collate_fn=collate, num_workers=feed.data.dataloader_num_workers
-    )
-    stream = iter(loader)
+    part = Part(settings.train_batch_size, accumulation, rank, world, first, settings.max_train_steps)
+    stream = iter(feed.examples.loader(part, feed.data.dataloader_num_workers))
     for step in range(first, settings.max_train_steps):
         window: Window = []
         parts: list[Draw] = []
