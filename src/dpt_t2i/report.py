@@ -5,9 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dpt_t2i.config import AlignmentConfig
+from dpt_t2i.config import AlignmentConfig, ProbeConfig
 from dpt_t2i.evaluation.commands import run_alignment
+from dpt_t2i.publish.atlas import write_atlas_picture, write_atlas_report
 from dpt_t2i.publish.report import write_report
+from dpt_t2i.training.probe import run_probe
+from dpt_t2i.training.trackers import METRICS
+
+
+def probe(config: ProbeConfig) -> dict[str, Any]:
+    """`dpt probe`: stage 1; an atlas of taps is also drawn, in `atlas.png` and `report.html` beside `atlas.json`."""
+    result = run_probe(config)
+    if "atlas" not in result:  # of several processes the first alone reports
+        return result
+    folder = config.folder
+    picture = write_atlas_picture(folder / "atlas.png", result["atlas"])
+    report = write_atlas_report(folder / "report.html", result["atlas"], folder / METRICS)
+    lines = [*result["summary"], f"picture: {picture}", f"report: {report}"]
+    return result | {"picture": str(picture), "report": str(report), "summary": lines}
 
 
 def evaluate_alignment(config: AlignmentConfig) -> dict[str, Any]:

@@ -48,6 +48,17 @@ def test_shapes_and_ranges() -> None:
     assert build()(features()).token_align is None
 
 
+def test_a_larger_map_is_read_as_its_averages() -> None:
+    whole = build(up1=5, mid=3)
+    small = build(CONFIG.model_copy(update={"max_map_size": 4}), up1=5, mid=3)
+    given = features(up1=(5, 8, 6), mid=(3, 4, 2))
+    means = given.maps["up1"].reshape(3, 5, 4, 2, 6).mean(dim=3)  # 8 rows -> 4; 6 columns -> 4 of 2, sharing columns
+    columns = torch.stack([means[..., 0:2], means[..., 1:3], means[..., 3:5], means[..., 4:6]], dim=3).mean(dim=-1)
+    averaged = Features({"up1": columns, "mid": given.maps["mid"]}, given.timesteps)
+    torch.testing.assert_close(small(given).match_embeds, whole(averaged).match_embeds)
+    assert not torch.allclose(small(given).match_embeds, whole(given).match_embeds)
+
+
 def test_eval_is_deterministic_and_train_is_not() -> None:
     adapter = build()
     torch.testing.assert_close(adapter(features()).match_embeds, adapter(features()).match_embeds, rtol=0, atol=0)

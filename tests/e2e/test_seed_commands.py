@@ -88,7 +88,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, target: str, *arguments: str) -> Any
 def test_stage_one_reads_each_flag(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     line = flags(STAGE1, MODEL_NAME="CompVis/stable-diffusion-v1-4")
-    config = parsed(monkeypatch, "dpt_t2i.training.probe:run_probe", "probe", *line)
+    config = parsed(monkeypatch, "dpt_t2i.report:probe", "probe", *line)
     assert config.model.pretrained_model_name_or_path == "CompVis/stable-diffusion-v1-4"
     assert (config.model.tap, config.model.adapter) == ("up1", "none")
     assert config.data.center_crop and config.data.random_flip and config.data.dataloader_num_workers == 4

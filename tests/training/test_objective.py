@@ -1,5 +1,7 @@
 """The one batched pass of six evaluations against six passes written out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.objectives.itm import itm_loss
 from dpt_t2i.objectives.rec import rec_losses
 from dpt_t2i.training.encode import Encoder
-from dpt_t2i.training.objective import DenoiseObjective, Draw, ProbeObjective, TuneObjective, weights_of
+from dpt_t2i.training.objective import AtlasObjective, DenoiseObjective, Draw, ProbeObjective, TuneObjective, weights_of
 from tests.tiny import tiny_adapter, tiny_backbone
 
 
@@ -59,6 +61,32 @@ def test_one_pass_equals_six(parts):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_many_taps_at_once_are_the_sum_of_each_alone(parts, hard):
+    backbone, _, _, _, encoded, draw = parts
+    first, second = tiny_adapter(backbone, "mid", seed=1), tiny_adapter(backbone, "up1", seed=2)
+    with torch.no_grad():
+        second.logit_scale.fill_(1.0)  # each has its own
+    if not hard:
+        encoded = replace(encoded, has_hard_caption=torch.tensor([True, False, True]))
+    alone = []
+    for tap, adapter in (("mid", first), ("up1", second)):
+        terms = ProbeObjective(backbone, adapter, backbone.parse_taps(tap), ItmRecConfig())(encoded, draw, 3.0)
+        sum(terms.values()).backward()
+        gradients = [value.grad.clone() for value in adapter.parameters()]
+        adapter.zero_grad()
+        alone.append((terms, gradients))
+    objective = AtlasObjective(backbone, {"mid": first, "up1": second}, backbone.parse_taps("mid_up1"), ItmRecConfig())
+    assert {name.split(".")[1] for name, _ in objective.named_parameters()} == {"mid", "up1"}
+    together = objective(encoded, draw, 3.0)
+    for name, value in together.items():
+        torch.testing.assert_close(value, alone[0][0][name] + alone[1][0][name], rtol=1e-5, atol=1e-6)
+    sum(together.values()).backward()
+    for adapter, (_, gradients) in zip((first, second), alone, strict=True):
+        for value, want in zip(adapter.parameters(), gradients, strict=True):
+            torch.testing.assert_close(value.grad, want, rtol=1e-4, atol=1e-6)
 
 
 def test_stage_two_has_the_same_terms_and_the_denoising_one(parts):
@@ -126,8 +154,6 @@ def test_the_cut_leaves_the_adapters_gradient_alone():
 
 def test_evaluations_without_a_negative_are_left_out(parts):
     backbone, taps, adapter, batch, _, draw = parts
-    from dataclasses import replace
-
     none = torch.zeros(3, dtype=torch.bool)
     bare = replace(batch, has_hard_caption=none, has_hard_image=none)
     encoded = Encoder(backbone, adapter.config.num_token_classes, None)(bare)

@@ -30,6 +30,7 @@ class DiscriminativeAdapter(nn.Module, PyTorchModelHubMixin, library_name="dpt-t
     Each map has its own 1x1 projection to width d; several are brought to the largest one's size and summed, which is
     what one projection of their concatenation would give. With `fusion_channels` and `fusion_size` it is the release's
     `all-<channels>-<size>` instead: maps projected to that width, at that size, summed, and the sum projected to d.
+    With `max_map_size` a larger map is first averaged down to so many places a side.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's; the files are those of `adapter.io`.
 
@@ -54,7 +55,7 @@ class DiscriminativeAdapter(nn.Module, PyTorchModelHubMixin, library_name="dpt-t
         self.pooled_dim = pooled_dim
         self.text_dim = text_dim
         self.feature_norms = nn.ModuleDict(
-            {_module_name(tap): _feature_norm(channels, config) for tap, channels in tap_channels.items()}
+            {module_name(tap): _feature_norm(channels, config) for tap, channels in tap_channels.items()}
         )
         self.projections = _projections(config, tap_channels)
         self.fusion_projection: nn.Module = nn.Identity()
@@ -168,12 +169,21 @@ class DiscriminativeAdapter(nn.Module, PyTorchModelHubMixin, library_name="dpt-t
             if feature_map is None or feature_map.shape[1] != channels:
                 got = "no such map" if feature_map is None else f"{feature_map.shape[1]} channels"
                 raise InputError(f"the adapter reads tap `{tap}` with {channels} channels, but got {got}")
-            projection = self.projections[_module_name(tap)]
-            normed = self.feature_norms[_module_name(tap)](feature_map.to(self.queries.weight.dtype))
+            projection = self.projections[module_name(tap)]
+            averaged = _averaged(feature_map.to(self.queries.weight.dtype), self.config.max_map_size)
+            normed = self.feature_norms[module_name(tap)](averaged)
             projected.append(projection(normed))
         # A 1x1 projection and an interpolation commute: projecting first interpolates the fewer channels.
         fused: Tensor = self.fusion_projection(torch.stack(_of_one_size(projected, self.config.fusion_size)).sum(dim=0))
         return fused
+
+
+def _averaged(feature_map: Tensor, most: int | None) -> Tensor:
+    """The map at no more than `most` places a side: means of equal parts, or nearly so."""
+    height, width = feature_map.shape[-2:]
+    if most is None or max(height, width) <= most:
+        return feature_map
+    return F.adaptive_avg_pool2d(feature_map, (min(height, most), min(width, most)))
 
 
 def _of_one_size(maps: Sequence[Tensor], side: int | None) -> list[Tensor]:
@@ -192,7 +202,7 @@ def _projections(config: AdapterConfig, tap_channels: Mapping[str, int]) -> nn.M
     width = config.fusion_channels or config.hidden_dim
     return nn.ModuleDict(
         {
-            _module_name(tap): nn.Conv2d(channels, width, 1, bias=index == 0 or config.fusion_channels is not None)
+            module_name(tap): nn.Conv2d(channels, width, 1, bias=index == 0 or config.fusion_channels is not None)
             for index, (tap, channels) in enumerate(tap_channels.items())
         }
     )
@@ -203,7 +213,8 @@ def _feature_norm(channels: int, config: AdapterConfig) -> nn.Module:
     return nn.GroupNorm(1, channels) if config.normalize_features else nn.Identity()
 
 
-def _module_name(tap: str) -> str:
+def module_name(tap: str) -> str:
+    """A name for what belongs to the tap in a ModuleDict."""
     return tap.replace(".", "-")  # a tap may be a dotted path, which a submodule's name may not
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -18,8 +19,25 @@ class AdapterOutput:
     boxes: Tensor  # [B, Q_g, 4] cxcywh in [0, 1]
     query_align: Tensor  # [B, Q_g, A] L2-normalised query embeddings of the contrastive alignment
     token_align: Tensor | None  # [B, L, A] L2-normalised token embeddings, None if no text states were given
-    logit_scale: Tensor  # [] exp(logit_scale), already clamped to <= 100
+    logit_scale: Tensor  # [] exp(logit_scale), already clamped to <= 100; [B, 1] where several adapters are stacked
     token_mask: Tensor | None = None  # [B, L] bool, True on real tokens of token_align; None = every token counts
+
+    @staticmethod
+    def cat(parts: Sequence[AdapterOutput]) -> AdapterOutput:
+        """Stack what adapters of the same sizes say along B; all parts were given text states, and masks or none."""
+
+        def stacked(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
+
+        return AdapterOutput(
+            match_embeds=stacked("match_embeds"),
+            logits=stacked("logits"),
+            boxes=stacked("boxes"),
+            query_align=stacked("query_align"),
+            token_align=stacked("token_align"),
+            logit_scale=torch.cat([part.logit_scale.expand(len(part.logits), 1) for part in parts]),
+            token_mask=None if parts[0].token_mask is None else stacked("token_mask"),
+        )
 
 
 @dataclass(frozen=True)

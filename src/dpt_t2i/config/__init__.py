@@ -33,7 +33,9 @@ from dpt_t2i.config.reading import (
     save_config,
 )
 from dpt_t2i.config.sections import (
+    ATLAS_ADAPTER,
     AdapterConfig,
+    AtlasConfig,
     CorrectionConfig,
     DataConfig,
     DenoiseConfig,
@@ -53,8 +55,10 @@ from dpt_t2i.config.sections import (
 
 __all__ = [
     "ALIASES",
+    "ATLAS_ADAPTER",
     "AdapterConfig",
     "AlignmentConfig",
+    "AtlasConfig",
     "CacheConfig",
     "ConfigT",
     "CorrectionConfig",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dpt_t2i.config.sections import (
+    ATLAS_ADAPTER,
     AdapterConfig,
+    AtlasConfig,
     CorrectionConfig,
     DataConfig,
     DataFormat,
@@ -26,6 +29,7 @@ from dpt_t2i.config.sections import (
     TrainModelConfig,
     TuneTrainConfig,
 )
+from dpt_t2i.errors import InputError
 
 
 class _RunConfig(Section):
@@ -48,8 +52,26 @@ class ProbeConfig(_RunConfig):
     data: TrainDataConfig = TrainDataConfig()
     loss: ItmRecConfig = ItmRecConfig()
     train: TrainConfig = TrainConfig()
+    atlas: AtlasConfig = AtlasConfig()
     output_dir: Path = Field(Path("runs/probe"), description="run folder")
     seed: int = Field(0, ge=0, description="seed of weights, noise and timesteps")
+
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any]) -> Self:
+        """With `taps` the adapters are small, and `tap` says the same."""
+        taps = given.get("atlas.taps")
+        if not isinstance(taps, str):
+            return cls()
+        return cls(model=TrainModelConfig(tap=taps), adapter=ATLAS_ADAPTER, atlas=AtlasConfig(taps=taps))
+
+    @model_validator(mode="after")
+    def _taps_are_named_once(self) -> Self:
+        if self.atlas.taps is not None and self.model.tap != self.atlas.taps:
+            raise InputError(
+                f"tap `{self.model.tap}` and taps `{self.atlas.taps}` do not go together: give tap for one adapter, "
+                "taps for one at each"
+            )
+        return self
 
 
 class TuneConfig(_RunConfig):

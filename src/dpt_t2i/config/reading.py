@@ -83,13 +83,16 @@ def build_config(
         values.update(_flatten(_read_yaml(Path(file)), config))
     values.update((resolve_key(config, key), value) for key, value in (overrides or {}).items())
     known = dict(leaves(config))
-    tree = config().model_dump()  # whole sections: a command may have its own defaults for one
-    for path, value in values.items():
-        _place(tree, path, _read_text(path, value, known[path]))
+    given = {path: _read_text(path, value, known[path]) for path, value in values.items()}
+    tree = config.defaults(given).model_dump()  # whole sections: a command may have its own defaults for one
+    for path, value in given.items():
+        _place(tree, path, value)
     try:
         return config.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # keys that are each right and do not go together
+            raise InputError(str(first["ctx"]["error"])) from error
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"config key `{where}`: {first['msg']} (got {first['input']!r})") from error
 

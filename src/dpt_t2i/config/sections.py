@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +20,11 @@ class Section(BaseModel):
     """Base of every section and command config: frozen, and nothing unknown passes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any]) -> Self:
+        """What holds where nothing was said; a key of `given` (dotted path -> value) may choose between defaults."""
+        return cls()
 
 
 class ModelConfig(Section):
@@ -71,9 +77,29 @@ class AdapterConfig(Section):
     fusion_size: Annotated[int, Field(gt=0)] | None = Field(
         None, description="side of the square map that they are summed at; tap `all-<channels>-<size>`"
     )
+    max_map_size: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="average larger maps down to so many places a side before anything else; default: never"
+    )
     grounding_text: str = Field(
         "denoiser", description="`denoiser` = the T2I model's own text encoder, or a RoBERTa folder / hub id"
     )
+
+
+# The small adapter that each tap of an atlas gets, where the config names no other sizes.
+ATLAS_ADAPTER = AdapterConfig(
+    hidden_dim=64, num_heads=4, dim_feedforward=256, dropout=0.0, num_queries_rec=20, max_map_size=8
+)
+
+
+class AtlasConfig(Section):
+    """Stage 1 on many taps at once: what does each of them tell, at which timestep?"""
+
+    taps: str | None = Field(
+        None,
+        description="in place of tap: give each of these taps a small adapter of its own, all read from one pass; "
+        "`all`, or names joined with `_`",
+    )
+    timestep_buckets: Positive = Field(10, description="equal parts of the timesteps, each measured at its middle")
 
 
 class DataConfig(Section):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.examples import Chunk, EvalExample, chunks
 from dpt_t2i.evaluation.statistics import wilson
@@ -39,6 +41,54 @@ class ItmScores:
         return None if self.wrong_image is None else self.positive > self.wrong_image
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """What a chunk's examples are asked: all true pairs, then images with hard captions, hard images with captions."""
+
+    examples: Sequence[EvalExample]
+    with_text: Sequence[int]  # positions of the examples that have a hard caption
+    with_image: Sequence[int]  # the same of a hard image
+    latents: Tensor  # [N, C, h, w] clean
+    noise: Tensor  # [N, C, h, w] the example's own, whatever is shown
+    text: TextStates  # N
+
+    @staticmethod
+    def of(backbone: Backbone, chunk: Chunk) -> Pairs:
+        examples = chunk.examples
+        with_text = [i for i, e in enumerate(examples) if e.hard_caption is not None]
+        with_image = [i for i, e in enumerate(examples) if e.hard_pixels is not None]
+        hard_pixels = [e.hard_pixels for e in examples if e.hard_pixels is not None]
+        parts = [chunk.latents, chunk.latents[with_text]]
+        if hard_pixels:
+            parts.append(backbone.encode_image(torch.stack(hard_pixels).to(backbone.device)))
+        captions = [e.caption for e in examples]
+        texts = captions + [str(examples[i].hard_caption) for i in with_text] + [captions[i] for i in with_image]
+        noise = torch.cat([chunk.noise, chunk.noise[with_text], chunk.noise[with_image]])
+        return Pairs(examples, with_text, with_image, torch.cat(parts), noise, backbone.encode_text(texts))
+
+    def noised(self, backbone: Backbone, timestep: int) -> tuple[Tensor, Tensor]:
+        """z_t `[N, C, h, w]` and t `[N]`."""
+        steps = torch.full((len(self.latents),), timestep, device=self.latents.device)
+        return backbone.add_noise(self.latents, self.noise, steps), steps
+
+    def judged(self, scores: Tensor, timestep: int) -> list[ItmScores]:
+        """The examples with their scores `[N]`.
+
+        Raises:
+            InputError: a score is NaN or infinite (names the example).
+        """
+        scores, examples = scores.float().cpu(), self.examples
+        owners = [*range(len(examples)), *self.with_text, *self.with_image]
+        _refuse_nan(scores, owners, examples, timestep)
+        positive, wrong_text, wrong_image = scores.split([len(examples), len(self.with_text), len(self.with_image)])
+        by_text = dict(zip(self.with_text, wrong_text.tolist(), strict=True))
+        by_image = dict(zip(self.with_image, wrong_image.tolist(), strict=True))
+        return [
+            ItmScores(e.id, e.rule, timestep, float(positive[i]), by_text.get(i), by_image.get(i))
+            for i, e in enumerate(examples)
+        ]
+
+
 @torch.no_grad()
 def itm_scores(
     scorer: MatchScorer,
@@ -61,7 +111,10 @@ def itm_scores(
     """
     rows: list[ItmScores] = []
     for chunk in chunks(scorer.backbone, examples, batch_size, seed, first):
-        rows.extend(row for t in timesteps for row in _score_chunk(scorer, chunk, t))
+        pairs = Pairs.of(scorer.backbone, chunk)
+        for timestep in timesteps:
+            noisy, steps = pairs.noised(scorer.backbone, timestep)
+            rows.extend(pairs.judged(scorer(noisy, steps, pairs.text), timestep))
     return rows
 
 
@@ -99,32 +152,6 @@ def _both(row: ItmScores) -> bool | None:
     if row.text_right is None or row.image_right is None:
         return None
     return row.text_right and row.image_right
-
-
-def _score_chunk(scorer: MatchScorer, chunk: Chunk, timestep: int) -> list[ItmScores]:
-    """One pass over [positives, images with hard captions, hard images with captions]."""
-    backbone, examples = scorer.backbone, chunk.examples
-    with_text = [i for i, e in enumerate(examples) if e.hard_caption is not None]
-    with_image = [i for i, e in enumerate(examples) if e.hard_pixels is not None]
-    hard_pixels = [e.hard_pixels for e in examples if e.hard_pixels is not None]
-    parts = [chunk.latents, chunk.latents[with_text]]
-    if hard_pixels:
-        parts.append(backbone.encode_image(torch.stack(hard_pixels).to(backbone.device)))
-    captions = [e.caption for e in examples]
-    texts = captions + [str(examples[i].hard_caption) for i in with_text] + [captions[i] for i in with_image]
-    noise = torch.cat([chunk.noise, chunk.noise[with_text], chunk.noise[with_image]])
-    latents = torch.cat(parts)
-    steps = torch.full((len(latents),), timestep, device=latents.device)
-    scores = scorer(backbone.add_noise(latents, noise, steps), steps, backbone.encode_text(texts)).float().cpu()
-    owners = [*range(len(examples)), *with_text, *with_image]
-    _refuse_nan(scores, owners, examples, timestep)
-    positive, wrong_text, wrong_image = scores.split([len(examples), len(with_text), len(with_image)])
-    by_text = dict(zip(with_text, wrong_text.tolist(), strict=True))
-    by_image = dict(zip(with_image, wrong_image.tolist(), strict=True))
-    return [
-        ItmScores(e.id, e.rule, timestep, float(positive[i]), by_text.get(i), by_image.get(i))
-        for i, e in enumerate(examples)
-    ]
 
 
 def _refuse_nan(scores: Tensor, owners: Sequence[int], examples: Sequence[EvalExample], timestep: int) -> None:

@@ -36,6 +36,7 @@ class RecRanks:
     timestep: int
     iou_rank: int | None
     giou_rank: int | None
+    best_giou: float | None = None  # generalised IoU of the first box with the thing that it fits best
 
 
 @torch.no_grad()
@@ -59,14 +60,23 @@ def rec_ranks(
         InputError: a box or its score is NaN or infinite (names the example).
     """
     rows = []
-    for chunk in chunks(scorer.backbone, _grounded(examples), batch_size, seed, first):
+    for chunk in chunks(scorer.backbone, grounded(examples), batch_size, seed, first):
         text = scorer.backbone.encode_text([str(e.expression) for e in chunk.examples])
         for timestep in timesteps:
-            output = scorer.read(*_noised(scorer.backbone, chunk, timestep), text)
-            _refuse_nan(output, chunk.examples, timestep)
-            for example, ranked in zip(chunk.examples, rank_boxes(output, [(1, 1)] * len(chunk.examples)), strict=True):
-                rows.append(_ranks(example, timestep, ranked.boxes))
+            output = scorer.read(*noised(scorer.backbone, chunk, timestep), text)
+            rows.extend(ranks_of(output, chunk, timestep))
     return rows
+
+
+def ranks_of(output: AdapterOutput, chunk: Chunk, timestep: int) -> list[RecRanks]:
+    """The ranks of a chunk's grounded examples, which the adapter read under their expressions.
+
+    Raises:
+        InputError: a box or its score is NaN or infinite (names the example).
+    """
+    _refuse_nan(output, chunk.examples, timestep)
+    ranked = rank_boxes(output, [(1, 1)] * len(chunk.examples))
+    return [_ranks(example, timestep, one.boxes) for example, one in zip(chunk.examples, ranked, strict=True)]
 
 
 @torch.no_grad()
@@ -86,9 +96,9 @@ def rec_oracle(
     Precision@1 has a meaning. Examples that name several things are left out.
     """
     rows = []
-    for chunk in chunks(backbone, _grounded(examples), batch_size, seed, first):
+    for chunk in chunks(backbone, grounded(examples), batch_size, seed, first):
         for timestep in timesteps:
-            noisy, steps = _noised(backbone, chunk, timestep)
+            noisy, steps = noised(backbone, chunk, timestep)
             signal = backbone.add_noise(torch.ones_like(noisy), torch.zeros_like(noisy), steps)
             pictures = backbone.decode_image(noisy / signal).clamp(-1, 1).float().cpu()
             for example, picture in zip(chunk.examples, pictures, strict=True):
@@ -129,11 +139,13 @@ def match_color(picture: Tensor, color: Tensor, size: Tensor) -> Tensor:
     return torch.tensor([x / width, y / height, (x + w) / width, (y + h) / height])
 
 
-def _grounded(examples: Iterable[EvalExample]) -> Iterable[EvalExample]:
+def grounded(examples: Iterable[EvalExample]) -> Iterable[EvalExample]:
+    """Those that have something to ground."""
     return (e for e in examples if e.expression is not None and e.boxes is not None and len(e.boxes))
 
 
-def _noised(backbone: Backbone, chunk: Chunk, timestep: int) -> tuple[Tensor, Tensor]:
+def noised(backbone: Backbone, chunk: Chunk, timestep: int) -> tuple[Tensor, Tensor]:
+    """z_t `[B, C, h, w]` of a chunk, and t `[B]`."""
     steps = torch.full((len(chunk.latents),), timestep, device=chunk.latents.device)
     return backbone.add_noise(chunk.latents, chunk.noise, steps), steps
 
@@ -142,7 +154,8 @@ def _ranks(example: EvalExample, timestep: int, boxes: Tensor) -> RecRanks:
     """`boxes`: [Q, 4] xyxy in [0, 1], best first."""
     assert example.boxes is not None
     targets = cxcywh_to_xyxy(example.boxes)
-    return RecRanks(example.id, timestep, _first_hit(iou_xyxy(boxes, targets)), _first_hit(giou_xyxy(boxes, targets)))
+    giou = giou_xyxy(boxes, targets)
+    return RecRanks(example.id, timestep, _first_hit(iou_xyxy(boxes, targets)), _first_hit(giou), float(giou[0].max()))
 
 
 def _first_hit(overlaps: Tensor) -> int | None:

@@ -19,7 +19,7 @@ def itm_loss(
     Args:
         scores_i2t: `[B, 3]` matching scores of the image with its caption, a hard negative and a random one.
         scores_t2i: `[B, 3]` matching scores of the caption with its image, a hard negative and a random one.
-        logit_scale: `[]` positive factor: `AdapterOutput.logit_scale`, which is exp-ed and at most 100.
+        logit_scale: `[]` or `[B, 1]` positive factor: `AdapterOutput.logit_scale`, which is exp-ed and at most 100.
         mask_i2t: `[B, 3]` bool, False where a candidate does not exist (its score may be anything, NaN too);
             column 0 must be True. None: all exist. An example with no negative at all has loss 0.
         mask_t2i: the same of `scores_t2i`.

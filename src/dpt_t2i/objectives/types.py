@@ -25,6 +25,10 @@ class GroundingTargets:
         """Boxes of the whole batch; sum over processes, then divide by their number, to normalise `rec_losses`."""
         return sum(len(boxes) for boxes in self.boxes)
 
+    def repeated(self, times: int) -> GroundingTargets:
+        """The batch, `times` over: what as many adapters are asked for at once."""
+        return GroundingTargets(boxes=self.boxes * times, positive_map=self.positive_map * times)
+
     def to(self, device: torch.device) -> GroundingTargets:
         return GroundingTargets(
             boxes=tuple(boxes.to(device) for boxes in self.boxes),

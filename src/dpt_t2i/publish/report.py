@@ -52,31 +52,49 @@ def write_report(
     """
     arms = {name: ArmFolder.read(arms_folder / name) for name in alignment["arms"]}
     pictured = {name: arm for name, arm in arms.items() if arm.verdicts}
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template("report.html.j2").render(
-        title=title,
-        notes=[notes] if isinstance(notes, str) else list(notes),
-        alignment=alignment,
-        columns=["overall", *alignment["categories"], "extra_objects"],
-        best=best_arms(alignment),
-        meaning=ARM_MEANING,
-        sentences=[sentence(pair, d) for pair, d in alignment["differences"].items()],
-        by_category=_by_category(alignment),
-        difference_plot=_svg(difference_plot(alignment)) if alignment["differences"] else None,
-        bars=_svg(accuracy_bars(alignment)),
-        curves=_curves(metrics or {}),
-        itm=(probe or {}).get("itm"),
-        rec=(probe or {}).get("rec"),
-        grid=_grid(pictured, alignment["seeds"]),
-        pictured=list(pictured),
-        worse=_worse(pictured, alignment),
-        settings=json.dumps(alignment.get("settings", {}), indent=2),
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            notes=[notes] if isinstance(notes, str) else list(notes),
+            alignment=alignment,
+            columns=["overall", *alignment["categories"], "extra_objects"],
+            best=best_arms(alignment),
+            meaning=ARM_MEANING,
+            sentences=[sentence(pair, d) for pair, d in alignment["differences"].items()],
+            by_category=_by_category(alignment),
+            difference_plot=as_markup(difference_plot(alignment)) if alignment["differences"] else None,
+            bars=as_markup(accuracy_bars(alignment)),
+            curves=_curves(metrics or {}),
+            itm=(probe or {}).get("itm"),
+            rec=(probe or {}).get("rec"),
+            grid=_grid(pictured, alignment["seeds"]),
+            pictured=list(pictured),
+            worse=_worse(pictured, alignment),
+            settings=json.dumps(alignment.get("settings", {}), indent=2),
+        )
     )
+    return write_page(path, page)
+
+
+def environment() -> Environment:
+    """Where the pages' templates lie; what is not markup is escaped."""
+    return Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+def write_page(path: Path, page: str) -> Path:
+    """In one move, folders made as needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.partial")
     unfinished.write_text(page, encoding="utf-8")
     os.replace(unfinished, path)
     return path
+
+
+def as_markup(text: str) -> Markup:
+    """One of our own figures: nothing in them comes from a user unescaped."""
+    return Markup(text)
 
 
 def best_arms(alignment: Mapping[str, Any]) -> dict[str, set[str]]:
@@ -115,13 +133,9 @@ def _signed(value: float) -> str:
     return f"{value:+.1f}".replace("-", "\u2212")
 
 
-def _svg(text: str) -> Markup:
-    return Markup(text)  # our own figures: nothing in them comes from a user unescaped
-
-
 def _curves(metrics: Mapping[str, Path]) -> list[tuple[str, Markup]]:
     drawn = {name: training_curves(name, read_rows(path)) for name, path in metrics.items()}
-    return [(name, _svg(svg)) for name, svg in drawn.items() if svg is not None]
+    return [(name, as_markup(svg)) for name, svg in drawn.items() if svg is not None]
 
 
 def _grid(arms: Mapping[str, ArmFolder], seeds: Sequence[int]) -> list[Line]:

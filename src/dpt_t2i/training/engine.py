@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Job:
     after_step: Callable[[], None] | None = None  # keeps parameters inside their bounds, and their averages
     sample: Callable[[int], dict[str, float]] | None = None  # draws and keeps samples; on the main process only
     sample_every: int = 0  # optimiser steps; 0 = never
+    clipped_apart: Sequence[nn.Module] = ()  # parts of the objective whose gradients are clipped each by its own norm
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,7 @@ def _step(
             total = weigh(terms, job.weights).total
             accelerator.backward(total / len(window))
         found.append({name: value.detach() for name, value in {**terms, "loss": total}.items()})
-    clipped = accelerator.clip_grad_norm_(model.parameters(), job.feed.train.max_grad_norm)
-    norm = float(clipped) if clipped is not None else 0.0
+    norm = _clip(job, accelerator, model)
     names = sorted(found[0])
     figures = [torch.stack([terms[name] for terms in found]).mean() for name in names]
     received = signals.received if signals is not None else 0
@@ -250,6 +250,17 @@ def _step(
             job.after_step()
     stop = (received or int(signal.SIGTERM)) if asked else 0  # another process may have been asked
     return Outcome(dict(zip(names, means, strict=True)), norm, fault, stop)
+
+
+def _clip(job: Job, accelerator: Accelerator, model: nn.Module) -> float:
+    """Hold the gradient, or that of each of the job's parts, to `max_grad_norm`; the whole one's norm before."""
+    limit = job.feed.train.max_grad_norm
+    if not job.clipped_apart:
+        clipped = accelerator.clip_grad_norm_(model.parameters(), limit)
+        return float(clipped) if clipped is not None else 0.0
+    accelerator.unscale_gradients()
+    norms = [nn.utils.clip_grad_norm_(part.parameters(), limit) for part in job.clipped_apart]
+    return float(torch.stack(norms).norm())
 
 
 def _fault(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.adapter.model import DiscriminativeAdapter, module_name
 from dpt_t2i.adapter.score import match_score
 from dpt_t2i.adapter.types import AdapterOutput
 from dpt_t2i.backbones.interface import Backbone
@@ -48,7 +48,36 @@ class ProbeObjective(nn.Module):
         plan = _Plan(batch)
         with torch.no_grad():
             features = _features(self.backbone, self.taps, batch, draw, plan.images, plan.texts)
-        return discriminate(self.adapter, features, plan, batch, num_boxes, self.loss)
+        return discriminate((self.adapter,), features, plan, batch, num_boxes, self.loss)
+
+
+class AtlasObjective(nn.Module):
+    """Stage 1 on many taps: one pass up to the deepest feeds an adapter at each.
+
+    Each adapter gets the gradient that it would get alone: the terms are sums over the taps.
+
+    Args:
+        adapters: tap name -> the adapter that reads it, all of the same sizes.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: Mapping[str, DiscriminativeAdapter],
+        taps: Sequence[Tap],
+        loss: ItmRecConfig,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.taps, self.loss = backbone, tuple(taps), loss
+        self.readers = tuple(adapters.values())
+        self.adapters = nn.ModuleDict({module_name(tap): adapter for tap, adapter in adapters.items()})
+
+    def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
+        """Unweighted loss terms by name, each summed over the taps; see `ProbeObjective`."""
+        plan = _Plan(batch)
+        with torch.no_grad():
+            features = _features(self.backbone, self.taps, batch, draw, plan.images, plan.texts)
+        return discriminate(self.readers, features, plan, batch, num_boxes, self.loss)
 
 
 class TuneObjective(nn.Module):
@@ -79,7 +108,7 @@ class TuneObjective(nn.Module):
         plan, count = _Plan(batch), len(batch)
         mse, positive = denoising(self.backbone, self.taps, batch, draw, self.denoise, self.cut)
         others = _features(self.backbone, self.taps, batch, draw, plan.images[count:], plan.texts[count:])
-        terms = discriminate(self.adapter, _stack(positive, others), plan, batch, num_boxes, self.loss)
+        terms = discriminate((self.adapter,), _stack(positive, others), plan, batch, num_boxes, self.loss)
         return terms | {"loss_mse": mse}
 
 
@@ -114,33 +143,45 @@ def weigh(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Losses:
 
 
 def discriminate(
-    adapter: DiscriminativeAdapter,
+    adapters: Sequence[DiscriminativeAdapter],
     features: Features,
     plan: _Plan,
     batch: Encoded,
     num_boxes: float,
     loss: ItmRecConfig,
 ) -> dict[str, Tensor]:
-    """ITM on the first five blocks, REC on the last."""
-    count = len(batch)
+    """ITM on the first five blocks, REC on the last; each term is a sum over the adapters, which read their own taps.
+
+    The losses own no parameters, so they look at all adapters at once, as at one batch.
+    """
+    count, many = len(batch), len(adapters)
     split = len(features) - count
-    embeds = adapter.match_embeds(_rows(features, slice(0, split)))
-    grounding: AdapterOutput = adapter(
-        _rows(features, slice(split, None)), batch.grounding_tokens, batch.grounding_mask
+    matching, asked = _rows(features, slice(0, split)), _rows(features, slice(split, None))
+    pooled = batch.text.select(plan.texts[:split]).pooled
+    found = torch.stack([match_score(adapter.match_embeds(matching), pooled) for adapter in adapters])  # [A, rows]
+    grounding = AdapterOutput.cat(
+        [adapter(asked, batch.grounding_tokens, batch.grounding_mask) for adapter in adapters]
     )
-    pooled = batch.text.select(plan.texts).pooled
-    found = match_score(embeds, pooled[:split])
-    scores = found.new_zeros(5 * count).masked_scatter(plan.kept[: 5 * count], found).unflatten(0, (5, count))
-    exists = torch.ones_like(batch.has_hard_image)
+    kept = plan.kept[: 5 * count].expand(many, -1)
+    scores = found.new_zeros(kept.shape).masked_scatter(kept, found).unflatten(1, (5, count))
+    scores = scores.transpose(0, 1).flatten(1)  # [5, A B]
+    has_caption, has_image = batch.has_hard_caption.repeat(many), batch.has_hard_image.repeat(many)
+    exists = torch.ones_like(has_image)
     itm = itm_loss(
         torch.stack([scores[0], scores[1], scores[2]], dim=1),
         torch.stack([scores[0], scores[3], scores[4]], dim=1),
         grounding.logit_scale,
-        torch.stack([exists, batch.has_hard_caption, exists], dim=1),
-        torch.stack([exists, batch.has_hard_image, exists], dim=1),
+        torch.stack([exists, has_caption, exists], dim=1),
+        torch.stack([exists, has_image, exists], dim=1),
     )
-    rec = rec_losses(grounding, batch.targets, num_boxes, eos_coef=loss.eos_coef, temperature=loss.align_temperature)
-    return {**itm, **rec}
+    rec = rec_losses(
+        grounding,
+        batch.targets.repeated(many),
+        num_boxes,
+        eos_coef=loss.eos_coef,
+        temperature=loss.align_temperature,
+    )
+    return {name: many * value for name, value in itm.items()} | rec
 
 
 def denoising(

@@ -1,41 +1,87 @@
 """Stage 1: probing. What does a frozen T2I model understand?
 
     dpt probe --pretrained_model_name_or_path bundled --tap up1 --output_dir runs/probe
+    dpt probe --pretrained_model_name_or_path bundled --taps all --output_dir runs/atlas
 
-The denoiser is frozen; the adapter learns ITM and REC on its features.
+The denoiser is frozen; the adapter learns ITM and REC on its features. With `taps` each tap has a small adapter of its
+own, and the run ends with an atlas of what they can tell at which timestep.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.backbones.lora import load_lora
 from dpt_t2i.config import ProbeConfig
+from dpt_t2i.evaluation.provenance import write_json
+from dpt_t2i.training.atlas import ATLAS, AtlasValidation, atlas_lines
 from dpt_t2i.training.encode import report_cut
 from dpt_t2i.training.engine import Job, train
-from dpt_t2i.training.objective import ProbeObjective, weights_of
+from dpt_t2i.training.objective import AtlasObjective, ProbeObjective, weights_of
 from dpt_t2i.training.on_policy import OnPolicy
-from dpt_t2i.training.setup import Setup, set_up, store_adapter
+from dpt_t2i.training.setup import Setup, set_up, set_up_each, store_adapter
 from dpt_t2i.training.trackers import METRICS, best_step, read_metrics
+from dpt_t2i.training.validation import Validation
 from dpt_t2i.training.windows import Feed
 
 
 def run_probe(config: ProbeConfig) -> dict[str, Any]:
     """Train an adapter on frozen features; the run folder gets `adapter/`, metrics and checkpoints.
 
+    With `atlas.taps` it gets `adapters/TAP/` for each of them, and `atlas.json`.
+
     Raises:
         InputError: bad input, or a loss that is not finite.
         Stopped: a signal ended the run; its checkpoint is written.
     """
+    if config.atlas.taps is not None:
+        return _probe_each(config)
     setup = set_up(config)
+    objective = ProbeObjective(setup.backbone, setup.adapter, setup.taps, config.loss)
+    figures = _learn(config, {"adapter": setup}, objective, setup.validation)
+    finish(setup)
+    return result(config.folder, figures, config.train.best_metric)
+
+
+def _probe_each(config: ProbeConfig) -> dict[str, Any]:
+    """One pass of the denoiser feeds an adapter at each tap; then all of them are measured bucket by bucket."""
+    setups = set_up_each(config)
+    validation = AtlasValidation(config, setups)
+    readers, shared = validation.readers, next(iter(setups.values()))
+    objective = AtlasObjective(readers.backbone, readers.adapters, readers.taps, config.loss)
+    figures = _learn(config, {f"adapters/{tap}": setup for tap, setup in setups.items()}, objective, validation)
+    atlas = validation.atlas()
+    found = result(config.folder, figures, config.train.best_metric)
+    if shared.accelerator.is_main_process:
+        write_json(config.folder / ATLAS, atlas)
+        found |= {"atlas": atlas, "summary": atlas_lines(atlas)}
+    finish(shared)
+    return found
+
+
+def _learn(
+    config: ProbeConfig,
+    setups: Mapping[str, Setup],
+    objective: nn.Module,
+    validate: Validation | AtlasValidation,
+) -> dict[str, float]:
+    """Train the adapters of `setups` (folder inside the run -> setup), which share all else; the last held-out figures.
+
+    Their gradients are clipped each by its own norm, so that none feels another.
+    """
+    setup = next(iter(setups.values()))
     if config.model.lora not in (None, "none"):
         load_lora(setup.backbone, Path(str(config.model.lora)))  # probe a model that was tuned already
     setup.backbone.denoiser.requires_grad_(False).eval()
 
     def save(folder: Path) -> None:
-        store_adapter(setup, folder / "adapter", stage="probe", config=config.model_dump(mode="json"))
+        for name, one in setups.items():
+            store_adapter(one, folder / name, stage="probe", config=config.model_dump(mode="json"))
 
     pool = OnPolicy.of(config.loss, setup.backbone, setup.examples, config.seed)
 
@@ -45,33 +91,38 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
             pool.save(folder)
 
     def load_all(folder: Path) -> None:
-        restore_adapter(setup, folder)
+        for name, one in setups.items():
+            restore_adapter(one, folder / name)
         if pool is not None:
             pool.load(folder)
 
+    def after_step() -> None:
+        for one in setups.values():
+            one.adapter.clamp_logit_scale()
+
     figures = train(
         Job(
-            objective=ProbeObjective(setup.backbone, setup.adapter, setup.taps, config.loss),
+            objective=objective,
             weights=weights_of(config.loss),
             feed=Feed(setup.encoder, setup.examples, config.train, config.data, 0.0, config.seed, pool),
             output_dir=config.folder,
             save_artifacts=save_all,
             load_artifacts=load_all,
-            validate=setup.validation,
-            after_step=setup.adapter.clamp_logit_scale,
+            validate=validate,
+            after_step=after_step,
+            clipped_apart=[one.adapter for one in setups.values()],
         ),
         setup.accelerator,
     )
     if setup.accelerator.is_main_process:
         save(config.folder)
     report_cut(setup.encoder, config.folder)
-    finish(setup)
-    return result(config.folder, figures, config.train.best_metric)
+    return figures
 
 
-def restore_adapter(setup: Setup, checkpoint: Path) -> None:
-    """Put a checkpoint's adapter in place, `logit_scale` included."""
-    saved, _ = load_adapter(checkpoint / "adapter", setup.backbone.device, setup.backbone.fingerprint())
+def restore_adapter(setup: Setup, folder: Path) -> None:
+    """Put the adapter of a checkpoint's `folder` in place, `logit_scale` included."""
+    saved, _ = load_adapter(folder, setup.backbone.device, setup.backbone.fingerprint())
     setup.adapter.load_state_dict(saved.state_dict())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,6 +111,29 @@ def set_up(config: StageConfig) -> Setup:
     held_out = open_records(config.data, "val", size)
     validation = Validation(backbone, adapter, taps, held_out, size, batch_size=settings.val_batch_size)
     return Setup(accelerator, backbone, taps, adapter, metadata, encoder, examples, validation)
+
+
+def set_up_each(config: ProbeConfig) -> dict[str, Setup]:
+    """For each tap of `atlas.taps` its name and a setup with an adapter of its own; all else is shared.
+
+    Each adapter starts as it would in a run of its own.
+
+    Raises:
+        InputError: see `set_up`; a fused tap, an adapter to start from, or a single adapter's run in the folder.
+    """
+    if parse_fusion(config.model.tap) is not None:
+        raise InputError(f"taps `{config.model.tap}` fuses its blocks into one map; name them without sizes")
+    if config.model.adapter not in (None, "none"):
+        raise InputError("taps gives each tap a fresh adapter; leave adapter out, or give tap instead")
+    joint = set_up(config)
+    pattern, setups = joint.adapter, dict[str, Setup]()
+    for tap in joint.taps:
+        set_seed(config.seed)
+        adapter = DiscriminativeAdapter(
+            pattern.config, {tap.name: tap.channels}, pattern.pooled_dim, pattern.text_dim
+        ).to(joint.accelerator.device)
+        setups[tap.name] = replace(joint, taps=(tap,), adapter=adapter)
+    return setups
 
 
 def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:

@@ -66,7 +66,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
 
     def load_all(folder: Path) -> None:
         if discriminative:
-            restore_adapter(setup, folder)
+            restore_adapter(setup, folder / "adapter")
         if average is not None:
             average.load(folder)
         load_lora(setup.backbone, folder, trainable=True)

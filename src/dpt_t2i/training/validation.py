@@ -56,7 +56,7 @@ class Validation:
     def __call__(self) -> dict[str, float]:
         mine, state = self.examples, PartialState()
         scorer = MatchScorer(self.backbone, self.adapter, self.taps)  # puts the adapter into eval mode
-        with _eval_mode(self.backbone.denoiser):
+        with eval_mode(self.backbone.denoiser):
             scores = itm_scores(scorer, mine, [self.timestep], batch_size=self.batch_size, first=mine.first)
             ranks = rec_ranks(scorer, mine, [self.timestep], batch_size=self.batch_size, first=mine.first_grounded)
         itm = itm_summary(gathered(scores, state))[str(self.timestep)]
@@ -70,7 +70,7 @@ class Validation:
         Noise and timesteps are the same at each call and for each arm, so that two runs can be compared.
         """
         mine, losses = self.examples, list[float]()
-        with _eval_mode(self.backbone.denoiser), torch.no_grad():
+        with eval_mode(self.backbone.denoiser), torch.no_grad():
             for chunk in chunks(self.backbone, mine, self.batch_size, 0, mine.first):
                 losses.extend(self._losses(chunk, config))
         everyone = gathered(losses, PartialState())
@@ -98,7 +98,8 @@ class Validation:
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Within, the module is in eval mode; then as it was before."""
     before = module.training
     module.eval()
     try:
