@@ -35,15 +35,13 @@ class Naive:
     taps: tuple[Tap, ...]
     tunes: bool
 
-    @torch.no_grad()
-    def latents(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the examples' images, the hard negatives' and the random ones', each `[B, C, h, w]`."""
-        encode = self.backbone.encode_image
-        return encode(batch.images), encode(batch.hard_images), encode(batch.random_images)
+    def losses(self, batch: Batch, latents: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """The terms of `ProbeObjective` or `TuneObjective`. Every hard negative exists, and no caption is dropped.
 
-    def losses(self, batch: Batch, latents: tuple[Tensor, Tensor, Tensor], draw: Draw) -> dict[str, Tensor]:
-        """The terms of `ProbeObjective` or `TuneObjective`. Every hard negative exists, and no caption is dropped."""
-        own, hard, random = latents
+        Args:
+            latents: `[3 B, C, h, w]` of the examples' images, the hard negatives' and the random ones'.
+        """
+        own, hard, random = latents.chunk(3)
         terms: dict[str, Tensor] = {}
         if self.tunes:
             positive, terms["loss_mse"] = self._positive(batch, own, draw)
@@ -78,7 +76,7 @@ class Naive:
     def _features(self, latents: Tensor, texts: Sequence[str], draw: Draw) -> tuple[Features, TextStates]:
         text = self.backbone.encode_text(texts, "ignore")
         noisy = self.backbone.add_noise(latents, draw.noise, draw.timesteps)
-        with torch.set_grad_enabled(self.tunes):
+        with torch.set_grad_enabled(self.tunes and torch.is_grad_enabled()):
             return self.backbone.features(noisy, draw.timesteps, text, self.taps), text
 
     def _positive(self, batch: Batch, latents: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:

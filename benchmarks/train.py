@@ -3,17 +3,16 @@
     python benchmarks/train.py                             # both models, both stages
     python benchmarks/train.py --model bundled --stage 1   # the other figures in --output stay as they are
 
-Two arms compute the same losses of the same pictures, texts, noise and weights (held to 1e-4 before any is timed):
+Two arms compute the same losses of the same latents, texts, noise and weights (held to 1e-4 before any is timed):
 `ours`, and `naive` with six passes of the denoiser (`benchmarks/naive.py`). Both attend by SDPA, on one thread, and
 take turns within a round; a ratio is the median over rounds of naive / ours. Seconds are the process's CPU time, which
-on one thread is wall time less what other programs took. Peak memory is that of a process which does one step of one
-arm.
+on one thread is wall time less what other programs took. The first round also counts FLOPs, which slows both a little.
+`--part memory` does one step of one arm a process, for its peak.
 
 Without caches latents are given to both arms and texts are encoded live; with them ours reads latents and texts from a
-cache, and naive runs the VAE too. Drawing or reading the pictures is in no figure. No caption is dropped in stage 2.
-
-`mid` is a Stable Diffusion with random weights at a fifth of the real widths: what it says does not matter, what it
-costs does.
+cache, and naive runs the VAE too (timed on a third of the pictures). Latents and weights of `mid` are random: what they
+say does not matter, what they cost does. Drawing or reading the pictures is in no figure. No caption is dropped in
+stage 2.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.interface import Backbone
-from dpt_t2i.backbones.latents import encode_posterior
 from dpt_t2i.backbones.loading import base_folder, load_backbone
 from dpt_t2i.backbones.lora import add_lora
 from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
@@ -48,13 +47,16 @@ from dpt_t2i.data.cache import pixels_key, text_key
 from dpt_t2i.data.examples import Batch, Examples, collate
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.evaluation.provenance import versions, write_json
-from dpt_t2i.training.cached import PARTS, CachedEncodings
+from dpt_t2i.training.cached import CachedEncodings
 from dpt_t2i.training.encode import Encoded, Encoder
 from dpt_t2i.training.objective import Draw, ProbeObjective, TuneObjective, weigh, weights_of
 
 TOLERANCE = 1e-4  # between the arms' losses: absolute, or relative where a loss is above 1
 MODELS = ("mid", "bundled")
 STAGES = (1, 2)
+PARTS = ("seconds", "memory")
+ARMS = ("ours", "naive", "ours_checkpointing")
+TIMED = ("ours", "naive", "vae", "ours_cached")
 CONFIGS = {1: (ProbeConfig, "configs/bundled/probe.yaml"), 2: (TuneConfig, "configs/bundled/tune.yaml")}
 MID_BATCH = 4
 MID_SIZES = {
@@ -73,8 +75,9 @@ class Workload:
     taps: tuple[Tap, ...]
     stage: int
     batch: Batch
+    latents: Tensor  # [3 B, C, h, w], as of an `Encoded`
     draw: Draw
-    size: int  # pixels of a side
+    side: int  # pixels of a picture's
 
     def parameters(self) -> list[nn.Parameter]:
         modules = (self.adapter, self.backbone.denoiser)
@@ -98,75 +101,86 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=MODELS)
     parser.add_argument("--stage", type=int, action="append", choices=STAGES)
+    parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--rounds", type=int, default=5, help="paired steps of each arm")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/train.json"))
-    parser.add_argument("--peak", nargs=3, metavar=("MODEL", "STAGE", "ARM"), help="used by the benchmark itself")
+    parser.add_argument("--peak-of", choices=ARMS, help="used by the benchmark itself")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.peak:
-        model, stage, arm = args.peak
-        sys.stdout.write(json.dumps(_peak_memory(model, int(stage), arm)))
+    if args.peak_of:
+        sys.stdout.write(json.dumps(_peak_memory(args.model[0], args.stage[0], args.peak_of)))
         return
     result = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
-    result |= {"matmul_peak_gflops": _matmul_peak(), "threads": 1, "device": "cpu", "gpu": "not measured"}
-    for model in args.model or MODELS:
-        for stage in args.stage or STAGES:
-            result.setdefault(model, {})[f"stage{stage}"] = _figures(model, stage, args.rounds, result)
-            result |= _headline(result.get("mid", {}))
-            result |= {"command": " ".join(["python", *sys.argv]), "versions": versions()}
-            write_json(args.output, result)
+    result |= {"threads": 1, "device": "cpu", "gpu": "not measured", "mid_sizes": MID_SIZES}
+    for part in args.part or PARTS:
+        for model in args.model or MODELS:
+            for stage in args.stage or STAGES:
+                measured = _seconds(model, stage, args.rounds) if part == "seconds" else [_memory(model, stage)]
+                for figures in measured:  # kept round by round: an interrupted run loses one
+                    result.setdefault(model, {}).setdefault(f"stage{stage}", {}).update(figures)
+                    result |= _headline(result.get("mid", {})) | {"versions": versions()}
+                    result["command"] = f"python benchmarks/train.py --rounds {args.rounds}"
+                    write_json(args.output, result)
 
 
 def _headline(mid: dict[str, Any]) -> dict[str, Any]:
-    ratios = {f"{stage}_{name}": figures[name] for stage, figures in mid.items() for name in ("ratio", "ratio_cached")}
-    return ratios | {"mid_sizes": MID_SIZES}
+    return {
+        f"{stage}_{name}": figures[name]
+        for stage, figures in mid.items()
+        for name in ("ratio", "ratio_cached")
+        if name in figures
+    }
 
 
-def _figures(model: str, stage: int, rounds: int, result: dict[str, Any]) -> dict[str, Any]:
-    """Everything about one stage of one model."""
+def _seconds(model: str, stage: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Everything about one stage of one model but its memory, after each round."""
     load = workload(model, stage)
     naive = Naive(load.backbone, load.adapter, load.taps, tunes=stage == 2)
-    latents = naive.latents(load.batch)
-    difference = _difference(load, naive, latents)
-    flops = {
-        "ours": _flops(load, lambda: _ours(load, _encoded(load, latents))),
-        "naive": _flops(load, lambda: naive.losses(load.batch, latents, load.draw)),
-    }
+    fixed = {"batch": len(load.batch), "largest_difference_of_losses": _difference(load, naive)}
+    peak, seconds = _matmul_peak(), list[dict[str, float]]()
     with tempfile.TemporaryDirectory() as folder:
         cached = _filled_cache(load, Path(folder))
-        seconds = [_round(load, naive, latents, cached) for _ in range(rounds)]
-    arms = ("ours", "naive", "ours_checkpointing") if stage == 2 else ("ours", "naive")
-    peaks = {arm: _in_own_process(model, stage, arm) for arm in arms}
-    median = {name: statistics.median(row[name] for row in seconds) for name in seconds[0]}
-    speed = {arm: flops[arm] / median[arm] / 1e9 for arm in flops}
+        for number in range(rounds):
+            with FlopCounterMode(display=False) if number == 0 else nullcontext() as counter:
+                seconds.append(_round(load, naive, cached, counter))
+            yield fixed | _summary(seconds, len(load.batch), peak) | {"rounds": seconds}
+
+
+def _summary(seconds: list[dict[str, float]], batch: int, peak: float) -> dict[str, Any]:
+    median = {name: statistics.median(row[name] for row in seconds) for name in TIMED}
+    gflop = {arm: seconds[0][f"{arm}_flops"] / 1e9 for arm in ("ours", "naive")}
     return {
-        "batch": len(load.batch),
         "ratio": _ratio(seconds, ("naive",), ("ours",)),
         "ratio_cached": _ratio(seconds, ("naive", "vae"), ("ours_cached",)),
         "ratio_live_vae": _ratio(seconds, ("naive", "vae"), ("ours", "vae")),
         "seconds": {name: round(value, 4) for name, value in median.items()},
-        "images_per_s": {arm: round(len(load.batch) / median[arm], 3) for arm in ("ours", "naive", "ours_cached")},
-        "gflop": {arm: round(value / 1e9, 2) for arm, value in flops.items()},
-        "share_of_matmul_peak": {arm: round(speed[arm] / result["matmul_peak_gflops"], 3) for arm in flops},
-        "peak_memory_gb": peaks,
-        "largest_difference_of_losses": difference,
-        "rounds": seconds,
+        "images_per_s": {arm: round(batch / median[arm], 3) for arm in ("ours", "naive", "ours_cached")},
+        "gflop": {arm: round(value, 2) for arm, value in gflop.items()},
+        "matmul_peak_gflops": peak,
+        "share_of_matmul_peak": {arm: round(gflop[arm] / median[arm] / peak, 3) for arm in gflop},
     }
 
 
-def _round(load: Workload, naive: Naive, latents: Any, cached: CachedEncodings) -> dict[str, float]:
-    """CPU seconds of a step of each arm, and of what a cache saves.
+def _round(load: Workload, naive: Naive, cached: CachedEncodings, counter: FlopCounterMode | None) -> dict[str, float]:
+    """CPU seconds of a step of each arm, and of what a cache saves; FLOPs where they are counted; the process's peak.
 
     From the encoded batch on a step with caches is the step without, so it is timed once.
     """
     optimizer = torch.optim.AdamW(load.parameters(), lr=0.0)  # both arms go on from the same weights
     encoder = Encoder(load.backbone, load.adapter.config.num_token_classes, None, cached=cached)
-    encoded, encoding = _timed(lambda: _encoded(load, latents))
+    flops = [0]  # until now, after ours, after both
+    encoded, encoding = _timed(lambda: _encoded(load))
+    _, learning = _timed(lambda: _learn(load, optimizer, _ours(load, encoded)))
+    flops.append(counter.get_total_flops() if counter else 0)
+    peak = _resident_gb()
+    _, theirs = _timed(lambda: _learn(load, optimizer, naive.losses(load.batch, load.latents, load.draw)))
+    flops.append(counter.get_total_flops() if counter else 0)
     _, reading = _timed(lambda: encoder(load.batch))
-    _, ours = _timed(lambda: _learn(load, optimizer, _ours(load, encoded)))
-    _, theirs = _timed(lambda: _learn(load, optimizer, naive.losses(load.batch, latents, load.draw)))
-    _, vae = _timed(lambda: naive.latents(load.batch))
-    return {"ours": encoding + ours, "naive": theirs, "vae": vae, "ours_cached": reading + ours}
+    with torch.no_grad():
+        _, third = _timed(lambda: load.backbone.encode_image(load.batch.images))
+    timed = {"ours": encoding + learning, "naive": theirs, "vae": 3 * third, "ours_cached": reading + learning}
+    timed |= {"peak_gb_after_ours": peak, "peak_gb_after_both": _resident_gb()}
+    return timed | ({"ours_flops": flops[1], "naive_flops": flops[2] - flops[1]} if counter else {})
 
 
 def _ratio(rounds: list[dict[str, float]], above: tuple[str, ...], below: tuple[str, ...]) -> float:
@@ -181,8 +195,8 @@ def _ours(load: Workload, encoded: Encoded) -> dict[str, Tensor]:
     return objective(encoded, load.draw, boxes)  # type: ignore[no-any-return]
 
 
-def _encoded(load: Workload, latents: tuple[Tensor, ...]) -> Encoded:
-    kept: Any = KeptLatents(torch.cat(latents))
+def _encoded(load: Workload) -> Encoded:
+    kept: Any = KeptLatents(load.latents)
     return Encoder(load.backbone, load.adapter.config.num_token_classes, None, cached=kept)(load.batch)
 
 
@@ -194,10 +208,10 @@ def _learn(load: Workload, optimizer: torch.optim.Optimizer, terms: dict[str, Te
 
 
 @torch.no_grad()
-def _difference(load: Workload, naive: Naive, latents: Any) -> float:
+def _difference(load: Workload, naive: Naive) -> float:
     """The largest between the arms' losses, dropout off."""
     load.adapter.eval()
-    ours, theirs = _ours(load, _encoded(load, latents)), naive.losses(load.batch, latents, load.draw)
+    ours, theirs = _ours(load, _encoded(load)), naive.losses(load.batch, load.latents, load.draw)
     load.adapter.train()
     assert ours.keys() == theirs.keys()
     each = [(ours[name] - theirs[name]).abs() / theirs[name].abs().clamp(min=1.0) for name in ours]
@@ -205,13 +219,6 @@ def _difference(load: Workload, naive: Naive, latents: Any) -> float:
     if not difference <= TOLERANCE:
         raise SystemExit(f"the arms compute different losses ({difference:.2g}); their times cannot be compared")
     return difference
-
-
-def _flops(load: Workload, losses: Callable[[], dict[str, Tensor]]) -> float:
-    """Of products and convolutions, forward and backward: the counter knows no others."""
-    with FlopCounterMode(display=False) as counter:
-        _learn(load, torch.optim.AdamW(load.parameters(), lr=0.0), losses())
-    return float(counter.get_total_flops())
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -226,24 +233,25 @@ def _matmul_peak(side: int = 1024, rounds: int = 10) -> float:
     return round(2 * side**3 / min(_timed(lambda: first @ second)[1] for _ in range(rounds)) / 1e9, 1)
 
 
-def _in_own_process(model: str, stage: int, arm: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--peak", model, str(stage), arm]
-    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return found
+def _memory(model: str, stage: int) -> dict[str, Any]:
+    """Resident gigabytes of each arm before its step and at its peak."""
+    command = [sys.executable, __file__, "--model", model, "--stage", str(stage), "--peak-of"]
+    arms = ARMS if stage == 2 else ARMS[:2]  # stage 1 sends no gradient through the denoiser
+    outputs = {arm: subprocess.run([*command, arm], check=True, capture_output=True, text=True).stdout for arm in arms}
+    return {"memory_gb": {arm: json.loads(output) for arm, output in outputs.items()}}
 
 
 def _peak_memory(model: str, stage: int, arm: str) -> dict[str, float]:
-    """Of this process before and after its first step, which is all that it does; 1 GB = 10^9 bytes."""
+    """Of this process before and after its first step, which is all that it does."""
     load = workload(model, stage)
     if arm == "ours_checkpointing":
         load.backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         load.backbone.denoiser.train()  # as the engine does: in eval mode diffusers recomputes nothing
-    latents = torch.randn(3, *load.draw.noise.shape).unbind()
     before = _resident_gb()
     if arm == "naive":
-        terms = Naive(load.backbone, load.adapter, load.taps, tunes=stage == 2).losses(load.batch, latents, load.draw)
+        terms = Naive(load.backbone, load.adapter, load.taps, stage == 2).losses(load.batch, load.latents, load.draw)
     else:
-        terms = _ours(load, _encoded(load, latents))
+        terms = _ours(load, _encoded(load))
     _learn(load, torch.optim.AdamW(load.parameters(), lr=0.0), terms)
     return {"before": before, "peak": _resident_gb()}
 
@@ -253,17 +261,16 @@ def _resident_gb() -> float:
 
 
 def _filled_cache(load: Workload, folder: Path) -> CachedEncodings:
-    """The batch's latents and texts as `dpt data cache` stores them by default."""
-    cached, batch = CachedEncodings(folder, load.backbone, load.size, "float16"), load.batch
-    images = torch.cat([batch.images, batch.hard_images, batch.random_images])
-    texts = ["", *{*batch.captions, *batch.hard_captions, *batch.random_captions, *batch.expressions}]
-    with torch.no_grad():
-        mean, log_variance = encode_posterior(load.backbone.pipeline.vae, images, load.backbone.vae_scale)
-        states = load.backbone.encode_text(texts)
-    distinct = {pixels_key(image): row for row, image in enumerate(images)}
-    rows = list(distinct.values())
-    cached.latents.write("batch", list(distinct), {"mean": mean[rows], "logvar": log_variance[rows]})
-    cached.text.write("batch", [text_key(text) for text in texts], {name: getattr(states, name) for name in PARTS})
+    """Rows for the batch's pictures and texts, as `dpt data cache` stores them by default."""
+    cached, batch = CachedEncodings(folder, load.backbone, load.side, "float16"), load.batch
+    images = [pixels_key(image) for image in torch.cat([batch.images, batch.hard_images, batch.random_images])]
+    keys = list(dict.fromkeys(images))
+    mean = load.latents[[images.index(key) for key in keys]]
+    cached.latents.write("batch", keys, {"mean": mean, "logvar": torch.zeros_like(mean)})
+    texts = list({"", *batch.captions, *batch.hard_captions, *batch.random_captions, *batch.expressions})
+    states = load.backbone.encode_text(texts)
+    columns = {name: getattr(states, name) for name in ("tokens", "pooled", "mask")}
+    cached.text.write("batch", [text_key(text) for text in texts], columns)
     return cached
 
 
@@ -285,13 +292,18 @@ def workload(model: str, stage: int) -> Workload:
         add_lora(backbone, config.lora.rank)
     side = backbone.image_size[0]
     examples = Examples(SceneRecords("train", 1000, side), side)
-    latent_side = side // backbone.vae_scale
-    draw = Draw(
-        torch.randn(count, backbone.latent_channels, latent_side, latent_side),
-        torch.randint(0, backbone.num_train_timesteps, (count,)),
-        torch.zeros(count, dtype=torch.bool),
+    shape = (backbone.latent_channels, side // backbone.vae_scale, side // backbone.vae_scale)
+    timesteps = torch.randint(0, backbone.num_train_timesteps, (count,))
+    return Workload(
+        backbone=backbone,
+        adapter=adapter.train(),
+        taps=taps,
+        stage=stage,
+        batch=collate([examples[i] for i in range(count)]),
+        latents=torch.randn(3 * count, *shape),
+        draw=Draw(torch.randn(count, *shape), timesteps, torch.zeros(count, dtype=torch.bool)),
+        side=side,
     )
-    return Workload(backbone, adapter.train(), taps, stage, collate([examples[i] for i in range(count)]), draw, side)
 
 
 def mid_size() -> StableDiffusionBackbone:

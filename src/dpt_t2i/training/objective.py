@@ -156,9 +156,13 @@ def discriminate(
     """
     count, many = len(batch), len(adapters)
     split = len(features) - count
-    matching, asked = _rows(features, slice(0, split)), _rows(features, slice(split, None))
+    # A block at a time: as fast on a CPU as all at once, and what a layer needs in passing is a fifth of it.
+    blocks = [_rows(features, slice(start, min(start + count, split))) for start in range(0, split, count)]
+    asked = _rows(features, slice(split, None))
     pooled = batch.text.select(plan.texts[:split]).pooled
-    found = torch.stack([match_score(adapter.match_embeds(matching), pooled) for adapter in adapters])  # [A, rows]
+    found = torch.stack(
+        [match_score(torch.cat([adapter.match_embeds(block) for block in blocks]), pooled) for adapter in adapters]
+    )  # [A, rows]
     grounding = AdapterOutput.cat(
         [adapter(asked, batch.grounding_tokens, batch.grounding_mask) for adapter in adapters]
     )
