@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dpt_t2i.publish.atlas import heat_map, write_atlas_picture, write_atlas_report
-from dpt_t2i.publish.figures import to_svg
+from dpt_t2i.publish.atlas import heat_map, heat_map_svg, write_atlas_picture, write_atlas_report
 from tests.publish.test_figures import texts
 from tests.publish.test_report import Page
 
@@ -18,11 +17,10 @@ def share(accuracy: float) -> dict[str, float]:
 
 @pytest.fixture
 def atlas() -> dict[str, Any]:
+    rows = {"mid": {"250": 0.4, "750": 0.5}, "blocks.<1>": {"250": 0.8, "750": 0.65}}
     cells = {
-        tap: {
-            t: {"itm_text": share(value), "loss_i2t": 0.5 + value} for t, value in zip(("250", "750"), row, strict=True)
-        }
-        for tap, row in {"mid": (0.4, 0.5), "blocks.<1>": (0.8, 0.65)}.items()
+        tap: {t: {"itm_text": share(value), "loss_i2t": 0.5 + value} for t, value in row.items()}
+        for tap, row in rows.items()
     }
     return {
         "base": "b",
@@ -38,11 +36,11 @@ def atlas() -> dict[str, Any]:
 
 
 def test_the_map_names_taps_and_timesteps_and_shades_from_lowest_to_highest(atlas: dict[str, Any]) -> None:
-    figure = heat_map(atlas)
+    figure = heat_map(atlas, "blue")
     (axes,) = figure.axes
     # 40 % is clear, 80 % darkest, 50 % a quarter and 65 % five eighths of the way
     assert [patch.get_alpha() / 0.85 for patch in axes.patches] == pytest.approx([0.0, 0.25, 1.0, 0.625])
-    shown = texts(to_svg(figure, "map"))
+    shown = texts(heat_map_svg(atlas))
     assert {"mid", "blocks.&lt;1&gt;", "250", "750", "40", "80", "matching, text side, %"} <= set(shown)
 
 
@@ -50,12 +48,12 @@ def test_a_map_of_equal_cells_is_clear(atlas: dict[str, Any]) -> None:
     for row in atlas["cells"].values():
         for cell in row.values():
             cell["itm_text"] = share(0.5)
-    assert {patch.get_alpha() for patch in heat_map(atlas).axes[0].patches} == {0.0}
+    assert {patch.get_alpha() for patch in heat_map(atlas, "blue").axes[0].patches} == {0.0}
 
 
 def test_the_picture_is_on_white(atlas: dict[str, Any], tmp_path: Path) -> None:
     image = Image.open(write_atlas_picture(tmp_path / "new" / "atlas.png", atlas)).convert("RGB")
-    assert image.getpixel((0, 0)) == (255, 255, 255) and not image.info
+    assert image.getpixel((0, 0)) == (255, 255, 255) and set(image.info) == {"dpi"}
     colors = {color for _, color in image.getcolors(1 << 20) or ()}
     assert not any(max(color) == color[2] and 0 < color[2] < 12 for color in colors), "no stand-in is left"
 

@@ -26,36 +26,34 @@ SHARES: dict[str, tuple[str, float | None]] = {
     "rec_p1": ("grounding, P@1", None),
 }
 LOSSES = {"loss_i2t": "text side", "loss_t2i": "image side", "loss_giou": "1 − GIoU of the first box"}
-PAPER = {INK: "#1d1f23", MUTED: "#656a73", LINE: "#dedbd5", TUNED: "#2f6fd0"}  # a page's colours in the light
+PAPER: dict[Any, str] = {INK: "#1d1f23", MUTED: "#656a73", LINE: "#dedbd5", TUNED: "#2f6fd0"}  # a page in the light
 DARKEST = 0.85  # opacity of the best cell, on which ink can still be read
 
 
-def heat_map(atlas: Mapping[str, Any], colors: Mapping[str, str] | None = None) -> Figure:
+def heat_map(atlas: Mapping[str, Any], color: str) -> Figure:
     """A panel a figure, a row a tap in the order of the pass, a column a bucket, each cell with its percent.
 
-    A cell's colour runs from the panel's lowest value, clear, to its highest.
-
-    Args:
-        colors: what the page's stand-in colours of `figures` become; None keeps them for `to_svg`.
+    A cell is the more of `color` the nearer its value is to the panel's highest; the lowest is clear.
     """
-    swapped = colors or {}
     names = [name for name in SHARES if name in atlas["best"]]
-    taps, columns = list(atlas["cells"]), len(atlas["buckets"])
-    style = {key: swapped.get(value, value) if isinstance(value, str) else value for key, value in STYLE.items()}
-    with rc_context({**style, "svg.hashsalt": "atlas"}):
-        figure = Figure(
-            figsize=(1.2 + max(2.6, 0.42 * columns) * len(names), 1.1 + 0.32 * len(taps)), layout="constrained"
-        )
-        for place, name in enumerate(names):
-            axes = figure.add_subplot(1, len(names), place + 1)
-            _panel(axes, atlas, name, swapped.get(TUNED, TUNED), labelled=place == 0)
+    width = max(2.6, 0.42 * len(atlas["buckets"])) * len(names)
+    figure = Figure(figsize=(1.2 + width, 1.1 + 0.32 * len(atlas["cells"])), layout="constrained")
+    for place, name in enumerate(names):
+        _panel(figure.add_subplot(1, len(names), place + 1), atlas, name, color, labelled=place == 0)
     return figure
+
+
+def heat_map_svg(atlas: Mapping[str, Any]) -> str:
+    """The heat map in the colours of a page."""
+    with rc_context({**STYLE, "svg.hashsalt": "atlas"}):
+        return to_svg(heat_map(atlas, TUNED), "What the adapter at each tap can tell at each timestep")
 
 
 def write_atlas_picture(path: Path, atlas: Mapping[str, Any]) -> Path:
     """The heat map as a PNG on white."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    heat_map(atlas, PAPER).savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
+    with rc_context({key: PAPER.get(value, value) for key, value in STYLE.items()}):
+        heat_map(atlas, PAPER[TUNED]).savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
     return path
 
 
@@ -75,7 +73,7 @@ def write_atlas_report(path: Path, atlas: Mapping[str, Any], metrics: Path | Non
             timesteps=[str(bucket["middle"]) for bucket in atlas["buckets"]],
             shares={name: SHARES[name] for name in SHARES if name in atlas["best"]},
             losses={name: title for name, title in LOSSES.items() if _is_known(atlas, name)},
-            heat_map=as_markup(to_svg(heat_map(atlas), "What the adapter at each tap can tell at each timestep")),
+            heat_map=as_markup(heat_map_svg(atlas)),
             curves=None if curves is None else as_markup(curves),
             settings=json.dumps(atlas["settings"], indent=2),
         )

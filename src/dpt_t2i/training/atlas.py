@@ -72,7 +72,7 @@ class AtlasValidation:
         with eval_mode(readers.backbone.denoiser):
             scores = list(tap_scores(readers, mine, timesteps, batch_size=self.held_out.batch_size))
             ranks = list(tap_ranks(readers, mine, timesteps, batch_size=self.held_out.batch_size))
-        scales = {tap: float(adapter.logit_scale.exp()) for tap, adapter in readers.adapters.items()}
+        scales = {tap: float(adapter.logit_scale.detach().exp()) for tap, adapter in readers.adapters.items()}
         return atlas_cells(gathered(scores, state), gathered(ranks, state), scales)
 
 
