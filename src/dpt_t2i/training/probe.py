@@ -59,6 +59,7 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
             load_artifacts=load_all,
             validate=setup.validation,
             after_step=setup.adapter.clamp_logit_scale,
+            backbone=setup.backbone,
         ),
         setup.accelerator,
     )
