@@ -20,6 +20,7 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import load_backbone
 from dpt_t2i.backbones.lora import add_lora, load_lora, lora_parameters, remove_lora, save_lora
 from dpt_t2i.backbones.types import Tap, TextStates
+from tests.backbones.memory import LiveBytes
 
 PROMPTS = ("a red circle", "two blue stars above the green square")
 TIMESTEPS = torch.tensor([500, 37])
@@ -122,6 +123,22 @@ def checkpointing_changes_no_number(backbone: Backbone) -> None:
     assert torch.equal(features.maps[tap.name], checkpointed.maps[tap.name])
     for one, other in zip(plain, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def checkpointing_lowers_the_peak(backbone: Backbone) -> None:
+    """Of forward and backward of the denoising loss, beside the weights and their gradients."""
+    parameters = trained_lora(backbone)
+    noisy, timesteps, text = inputs(backbone)
+    backbone.denoiser.train()
+
+    def peak() -> int:
+        with LiveBytes([*backbone.denoiser.parameters(), noisy, text.tokens, text.pooled]) as live:
+            torch.autograd.grad(backbone.predict(noisy, timesteps, text)[0].square().sum(), parameters)
+        return live.peak
+
+    plain = peak()
+    backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    assert peak() < 0.75 * plain
 
 
 def autocast_and_half_precision_stay_inside(backbone: Backbone) -> None:
@@ -252,6 +269,7 @@ CHECKS: tuple[Callable[[Backbone], None], ...] = (
     features_cost_the_blocks_up_to_the_tap,
     gradients_reach_latents_and_lora,
     checkpointing_changes_no_number,
+    checkpointing_lowers_the_peak,
     autocast_and_half_precision_stay_inside,
     texts_are_rows,
     a_text_and_its_extras_decide_the_prediction,

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from dpt_t2i.adapter.io import load_adapter, read_adapter_card
+from dpt_t2i.backbones import parts
 from dpt_t2i.backbones.fingerprint import lora_hash
 from dpt_t2i.backbones.lora import add_lora, load_lora, save_lora
 from dpt_t2i.config import ProbeConfig, build_config
@@ -122,11 +123,19 @@ def test_crop_and_flip_reach_the_examples(probe_config):
     assert (asked.view.center_crop, asked.view.random_flip) == (False, True)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_weights_in_parts_are_refused(probe_config, monkeypatch, kind):
+def test_deepspeed_is_refused(probe_config, monkeypatch):
+    kind = DistributedType.DEEPSPEED
     monkeypatch.setattr(setup, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
-    with pytest.raises(InputError, match=f"{kind.value} cuts the weights into parts, .* --multi_gpu"):
+    with pytest.raises(InputError, match="DEEPSPEED cuts up what is trained, .* --config_file configs/fsdp.yaml"):
         setup.make_accelerator(probe_config())
+
+
+def test_the_bases_hashes_are_read_once(probe_config, monkeypatch):
+    backbone = set_up(probe_config()).backbone
+    before = backbone.fingerprint()
+    monkeypatch.setattr(parts, "weights_hash", lambda _: pytest.fail("read again"))
+    add_lora(backbone, 2)
+    assert backbone.fingerprint() == before and len(before["weights"]) == 16
 
 
 def test_a_runs_name_is_its_folder(probe_config):

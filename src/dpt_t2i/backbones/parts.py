@@ -38,6 +38,7 @@ class PipelineParts(ABC):
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_key)
         self.taps = taps
         self.noising = noising
+        self._hashes: dict[str, Any] | None = None
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
@@ -54,9 +55,15 @@ class PipelineParts(ABC):
         return {
             "architecture": dict(architecture),
             "name": self.name,
-            "weights": weights_hash(self.denoiser),
-            "parts": part_hashes(self.pipeline),
+            **(self._hashes or self._read_hashes()),
         }
+
+    def keep_hashes(self) -> None:
+        """Read the weights' hashes now and for good: the base stays frozen, and may come to lie in parts."""
+        self._hashes = self._read_hashes()
+
+    def _read_hashes(self) -> dict[str, Any]:
+        return {"weights": weights_hash(self.denoiser), "parts": part_hashes(self.pipeline)}
 
     @property
     def device(self) -> torch.device:

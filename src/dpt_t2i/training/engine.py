@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.config import TrainConfig
 from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.training.checkpoint import drop_later, find_checkpoint, read_optimizer, write_checkpoint
@@ -27,6 +28,7 @@ from dpt_t2i.training.faults import describe, save_batch
 from dpt_t2i.training.objective import weigh
 from dpt_t2i.training.optimizer import make_optimizer
 from dpt_t2i.training.progress import Progress
+from dpt_t2i.training.sharding import ShardedBase, average_gradients, sharding_asked
 from dpt_t2i.training.signals import Signals
 from dpt_t2i.training.trackers import Metrics
 from dpt_t2i.training.windows import Feed, Window, mix, windows
@@ -50,6 +52,7 @@ class Job:
     sample: Callable[[int], dict[str, float]] | None = None  # draws and keeps samples; on the main process only
     sample_every: int = 0  # optimiser steps; 0 = never
     clipped_apart: Sequence[nn.Module] = ()  # parts of the objective whose gradients are clipped each by its own norm
+    backbone: Backbone | None = None  # whose frozen weights FSDP may share out; None = nothing is frozen
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,11 @@ class _Run:
             if accelerator.is_main_process:
                 drop_later(job.output_dir, self.step)
         self.factor = _rate_factor(self.settings)
-        self.model, self.wrapped = accelerator.prepare(job.objective, self.optimizer)
+        self.base = _sharded_base(job, accelerator)
+        if self.base is None:
+            self.model, self.wrapped = accelerator.prepare(job.objective, self.optimizer)
+        else:
+            self.model, self.wrapped = job.objective, accelerator.prepare_optimizer(self.optimizer)
         if accelerator.scaler is not None and saved.get("scaler"):
             accelerator.scaler.load_state_dict(saved["scaler"])
         self.metrics = Metrics(job.output_dir, accelerator, self.step)
@@ -116,7 +123,7 @@ class _Run:
             group["lr"] = rate
         torch.manual_seed(mix(self.job.feed.seed, step, self.accelerator.process_index))  # dropout
         self.model.train()
-        outcome = _step(self.job, self.accelerator, self.model, self.wrapped, window, step, signals)
+        outcome = _step(self.job, self.accelerator, self.model, self.wrapped, window, step, signals, self.base)
         self.step = step + 1
         self._count(outcome)
         if self.step % LOG_EVERY == 0 or self.step == self.settings.max_train_steps:
@@ -144,13 +151,16 @@ class _Run:
         """
         job, metrics, better = self.job, self.metrics, False
         if (self.step == 0 or self._due(self.settings.validation_steps)) and self.step not in metrics.held_out:
-            metrics.write(self.step, "val", job.validate())
+            with self._whole_base():
+                metrics.write(self.step, "val", job.validate())
             better = metrics.best(self.settings.best_metric) == self.step
             self.progress.restart(self.step)
-        if job.sample is not None and job.sample_every and self.step and self.step % job.sample_every == 0:
-            if self.accelerator.is_main_process and self.step not in metrics.sampled:
-                metrics.write(self.step, "samples", job.sample(self.step))
-                self.progress.restart(self.step)
+        due = job.sample_every and self.step and self.step % job.sample_every == 0
+        if job.sample is not None and due and self.step not in metrics.sampled:
+            with self._whole_base():
+                if self.accelerator.is_main_process:
+                    metrics.write(self.step, "samples", job.sample(self.step))
+            self.progress.restart(self.step)
         return better
 
     def save(self) -> None:
@@ -171,6 +181,9 @@ class _Run:
             spared=() if best is None else (best,),
         )
 
+    def _whole_base(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.base is None else self.base.whole()
+
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.settings.max_train_steps
 
@@ -186,6 +199,13 @@ class _Run:
                 f"step {self.step}{many}: {outcome.fault}; lower learning_rate or mend the data; the last checkpoint "
                 f"in {self.job.output_dir} is intact"
             )
+
+
+def _sharded_base(job: Job, accelerator: Accelerator) -> ShardedBase | None:
+    """Where the launcher asks for FSDP; else every process holds the whole base."""
+    if job.backbone is None or not sharding_asked() or not accelerator.use_distributed:
+        return None
+    return ShardedBase(job.backbone, accelerator)
 
 
 def _identity(job: Job, accelerator: Accelerator) -> dict[str, Any]:
@@ -217,6 +237,7 @@ def _step(
     window: Window,
     step: int,
     signals: Signals | None = None,
+    base: ShardedBase | None = None,
 ) -> Outcome:
     """One optimiser step over a window of micro-batches; none where a loss or the gradient is not finite.
 
@@ -229,11 +250,15 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     found: list[dict[str, Tensor]] = []
     for index, (batch, draw) in enumerate(window):
-        with _maybe_no_sync(accelerator, model, index < len(window) - 1):
-            terms = model(batch, draw, num_boxes)
+        with _maybe_no_sync(accelerator, model, base is None and index < len(window) - 1):
+            with accelerator.autocast():
+                terms = model(batch, draw, num_boxes)
             total = weigh(terms, job.weights).total
             accelerator.backward(total / len(window))
         found.append({name: value.detach() for name, value in {**terms, "loss": total}.items()})
+    if base is not None:
+        base.settle()
+        average_gradients([parameter for parameter in model.parameters() if parameter.requires_grad], accelerator)
     norm = _clip(job, accelerator, model)
     names = sorted(found[0])
     figures = [torch.stack([terms[name] for terms in found]).mean() for name in names]

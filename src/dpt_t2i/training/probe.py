@@ -111,6 +111,7 @@ def _learn(
             validate=validate,
             after_step=after_step,
             clipped_apart=[one.adapter for one in setups.values()],
+            backbone=setup.backbone,
         ),
         setup.accelerator,
     )

@@ -29,12 +29,15 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.training.cached import open_cache
 from dpt_t2i.training.checkpoint import checkpoints
 from dpt_t2i.training.encode import Encoder
+from dpt_t2i.training.sharding import read_plugin, sharding_asked
 from dpt_t2i.training.start import restore_start
 from dpt_t2i.training.trackers import start_trackers, usable_tracker
 from dpt_t2i.training.validation import Validation
 
-# Every process holds all weights (DDP), as saving and validating need it.
-WHOLE_WEIGHTS = (
+# One process, or several that hold all weights (DDP), or all but the frozen denoiser's (FSDP, see `sharding`).
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.FSDP,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_MLU,
@@ -75,6 +78,7 @@ def set_up(config: StageConfig) -> Setup:
     accelerator = make_accelerator(config)
     model, settings = config.model, config.train
     backbone = load_backbone(model.pretrained_model_name_or_path, model.revision, str(accelerator.device), model.dtype)
+    backbone.keep_hashes()  # the base is frozen: one reading does for every checkpoint
     _prepare_denoiser(backbone, settings, accelerator)
     _check_timesteps(backbone, settings)
     taps, fusion = backbone.parse_taps(model.tap), parse_fusion(model.tap)
@@ -141,9 +145,11 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
 
     Raises:
         InputError: the device is not here, accelerate refuses mixed_precision or report_to, or the launcher asks for
-            weights in parts (FSDP, DeepSpeed).
+            DeepSpeed, or for an FSDP that training cannot follow.
     """
     train = config.train
+    if sharding_asked():
+        read_plugin()
     place = resolve_device(config.model.device)
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)
@@ -158,11 +164,13 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
     except (ValueError, ImportError) as error:
         asked = train.mixed_precision or "of the launcher"
         raise InputError(f"mixed_precision {asked}, report_to {train.report_to}: {error}") from error
-    if accelerator.distributed_type not in (DistributedType.NO, *WHOLE_WEIGHTS):
+    if accelerator.distributed_type not in SUPPORTED:
         raise InputError(
-            f"{accelerator.distributed_type.value} cuts the weights into parts, which checkpoints and validation "
-            "cannot read yet; launch with --multi_gpu"
+            f"{accelerator.distributed_type.value} cuts up what is trained, which checkpoints cannot read; launch with "
+            "--multi_gpu, or with --config_file configs/fsdp.yaml"
         )
+    if sharding_asked() and accelerator.mixed_precision == "fp16":
+        raise InputError("mixed_precision fp16 does not go with FSDP; give --mixed_precision bf16")
     if tracker is not None:
         start_trackers(accelerator, config.run_name)
     return accelerator

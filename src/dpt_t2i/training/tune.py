@@ -25,6 +25,7 @@ from dpt_t2i.training.on_policy import OnPolicy
 from dpt_t2i.training.probe import finish, restore_adapter, result
 from dpt_t2i.training.samples import Samples
 from dpt_t2i.training.setup import Setup, set_up, store_adapter
+from dpt_t2i.training.sharding import sharding_asked
 from dpt_t2i.training.windows import Feed
 
 
@@ -95,6 +96,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
             after_step=after_step,
             sample=_samples(config, setup),
             sample_every=config.samples.sample_every,
+            backbone=setup.backbone,
         ),
         setup.accelerator,
     )
@@ -120,6 +122,8 @@ def _cut_of(config: TuneConfig, setup: Setup) -> Tap | None:
     taps = setup.backbone.parse_taps(name)
     if len(taps) > 1:
         raise InputError(f"detach_unet_feature `{name}` names {len(taps)} blocks; give one")
+    if sharding_asked():
+        raise InputError("detach_unet_feature does not go with FSDP, which waits for the gradient of every block")
     return taps[0]
 
 
