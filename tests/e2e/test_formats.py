@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dpt_t2i.cli import main
 from dpt_t2i.scenes.commands import export_scenes
@@ -16,6 +17,23 @@ from tests.tiny import tiny_pipeline
 def native(folder: Path) -> list[str]:
     export_scenes(folder, n=14)
     return ["--dataset", str(folder)]
+
+
+def shapes(folder: Path) -> list[str]:
+    """Every second picture at the left of a wider one: boxes stay where they are."""
+    export_scenes(folder, n=14)
+    for path in sorted(folder.glob("*.png"))[::2]:
+        scene = Image.open(path).convert("RGB")
+        wide = Image.new("RGB", (2 * scene.width, scene.height))
+        wide.paste(scene)
+        wide.save(path)
+    return ["--dataset", str(folder), "--aspect_buckets"]
+
+
+def huggingface(folder: Path) -> list[str]:
+    pytest.importorskip("datasets")
+    export_scenes(folder, n=14)
+    return ["--dataset", str(folder), "--data_format", "huggingface"]
 
 
 def foreign(form: str, write: Callable[..., Path]) -> Callable[[Path], list[str]]:
@@ -38,6 +56,8 @@ def streamed(folder: Path) -> list[str]:
 
 FORMATS: dict[str, Callable[[Path], list[str]]] = {
     "imagefolder": native,
+    "shapes": shapes,
+    "huggingface": huggingface,
     "coco": foreign("coco", writers.write_coco),
     "refcoco": refcoco,
     "mdetr": foreign("mdetr", writers.write_mdetr),

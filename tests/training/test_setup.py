@@ -1,6 +1,7 @@
 """What both recipes begin with: the adapter that is restored, the sizes that follow from the model, what is refused."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,9 @@ from dpt_t2i.backbones.lora import add_lora, load_lora, save_lora
 from dpt_t2i.config import ProbeConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import setup
+from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.setup import set_up, store_adapter
+from tests.data import writers
 
 CPU = torch.device("cpu")
 
@@ -121,6 +124,32 @@ def test_crop_and_flip_reach_the_examples(probe_config):
     asked = set_up(probe_config(center_crop=False, random_flip=True)).examples
     assert (plain.view.center_crop, plain.view.random_flip) == (True, False)
     assert (asked.view.center_crop, asked.view.random_flip) == (False, True)
+
+
+def test_shapes_are_sorted_by_steps_of_all_processes(probe_config, caplog):
+    caplog.set_level(logging.INFO)
+    wanted = {"aspect_buckets": True, "train_batch_size": 3, "gradient_accumulation_steps": 2, "max_samples": 8}
+    buckets = set_up(probe_config(**wanted)).examples.buckets
+    assert buckets.step == 6 and len(buckets) == 12 and buckets.counts() == {(32, 32): 8}
+    assert "aspect buckets: 8 of 32 x 32" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"aspect_buckets": True, "cache_dir": "."}, "a cache holds squares"),
+        ({"aspect_buckets": True, "on_policy_fraction": 0.5}, "on_policy_fraction does not go with .*aspect_buckets"),
+        ({"streaming": True, "aspect_buckets": True}, "aspect_buckets does not go with streamed shards"),
+        ({"streaming": True, "on_policy_fraction": 0.5}, "on_policy_fraction does not go with streamed shards"),
+        ({"streaming": True, "dataloader_num_workers": 3}, "cannot be dealt out to 3 streams"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(probe_config, tmp_path, settings, says):
+    if "streaming" in settings:
+        shards = writers.write_shards(writers.scenes(6), tmp_path / "shards", shards=3)
+        settings = settings | {"dataset": str(shards), "data_format": "webdataset", "max_samples": None}
+    with pytest.raises(InputError, match=says):
+        run_probe(probe_config(**settings))
 
 
 def test_deepspeed_is_refused(probe_config, monkeypatch):
