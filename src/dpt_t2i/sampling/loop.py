@@ -24,7 +24,7 @@ from dpt_t2i.sampling.correct import PredictingScorer, Scorer, correct, predict_
 from dpt_t2i.sampling.schedulers import initial_scale, make_scheduler, model_input, move_state
 
 # Places of a latent from which a fused step runs its branches one after the other. Below, a pass of one row costs
-# nearly what one of two does: 0.74 of it at 16 x 16 (bundled model), 0.53 at 32 x 32 (U-Net of 64, 128, 256, 256 channels).
+# nearly what one of two does: 0.74 of it at 16 x 16 (bundled), 0.53 at 32 x 32 (a U-Net of 64, 128, 256, 256).
 APART_FROM = 32 * 32
 
 
