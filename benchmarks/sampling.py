@@ -6,6 +6,7 @@
 One thread, DDIM, guidance 4, mode `state`. Time is the process's CPU time, which on one thread is wall time less what
 other programs took. The three kinds of step take turns within a round; a figure is the median over rounds and steps.
 A base that ships no adapter gets a random one of small sizes: what it says does not matter here, only what it costs.
+Figures of other bases that stand in the output file stay there.
 """
 
 from __future__ import annotations
@@ -50,17 +51,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     bases = args.base or ["bundled"]
-    result: dict[str, Any] = {
-        Path(base).name: {f"batch_{n}": figures for n, figures in _measure(base, args.tap, args.batch, args.rounds)}
-        for base in bases
-    }
-    names = " ".join(f"--base {Path(base).name}" for base in bases)  # no path of this machine
-    result |= {
-        "command": f"python benchmarks/sampling.py {names} --batch {' '.join(map(str, args.batch))} "
-        f"--rounds {args.rounds}",
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
+    result: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
+    for base in bases:
+        name, batches = Path(base).name, " ".join(map(str, args.batch))  # no path of this machine
+        result[name] = {f"batch_{n}": figures for n, figures in _measure(base, args.tap, args.batch, args.rounds)}
+        result[name]["command"] = (
+            f"python benchmarks/sampling.py --base {name} --batch {batches} --rounds {args.rounds}"
+        )
+    result |= {"threads": torch.get_num_threads(), "versions": versions()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
+from dpt_t2i.sampling import loop
 from dpt_t2i.sampling.correct import correct, predict_and_correct
 from dpt_t2i.sampling.loop import Step, sample
 from dpt_t2i.sampling.schedulers import make_scheduler
@@ -148,3 +149,23 @@ def test_a_fused_step_predicts_what_a_plain_one_does(guidance):
     relative = {"correct": 0.1, "correction_rule": "relative"}
     fused, standard = run(**relative, correction_fused=True), run(**relative)
     assert all((one - other).norm() > 1e-2 * plain.norm() for one, other in ((fused, plain), (fused, standard)))
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_branches_one_after_the_other_give_the_same_for_less_of_the_way_back(monkeypatch, guidance):
+    backbone = tiny_backbone()
+    scorer = MatchScorer(backbone, tiny_adapter(backbone), backbone.parse_taps("up1"))
+    text, null = backbone.encode_text(["a star", "two blue stars"]), backbone.null_text(2)
+    correction = CorrectionConfig(correct=0.1, correction_rule="relative", correction_fused=True)
+
+    def run(apart_from: int) -> tuple[torch.Tensor, int]:
+        monkeypatch.setattr(loop, "APART_FROM", apart_from)
+        with Operations() as counter:
+            final = sample(
+                backbone, text, null, LATENTS, SampleConfig(steps=3, guidance_scale=guidance), correction, scorer
+            )
+        return final, counter.total
+
+    (together, many), (apart, fewer) = run(65), run(64)  # the tiny latents have 8 x 8 places
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5)
+    assert (fewer < 0.9 * many) if guidance > 1 else (fewer == many)

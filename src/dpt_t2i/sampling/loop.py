@@ -4,7 +4,8 @@ z_t is always the denoiser's input. Samplers that keep their latents at another 
 back, so that DDIM and Euler agree on it.
 
 A fused correction takes the gradient from the pass that predicts the noise, and gives its shift to the next latent:
-the state is moved one step late, by the same amount of z, and the extra pass up to the tap is saved.
+the state is moved one step late, by the same amount of z, and the extra pass up to the tap is saved. The unconditional
+branch needs no gradient: where its arithmetic is what costs, it goes first and alone, which halves the way back.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.correct import PredictingScorer, Scorer, correct, predict_and_correct
 from dpt_t2i.sampling.schedulers import initial_scale, make_scheduler, model_input, move_state
+
+# Places of a latent from which a fused step runs its branches one after the other. Below, a pass of one row costs
+# nearly what one of two does: 0.74 of it at 16 x 16 (bundled), 0.53 at 32 x 32 (a U-Net of 64, 128, 256, 256).
+APART_FROM = 32 * 32
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def sample(
         if z_state is not z:
             latents = move_state(scheduler, latents, z_state, timestep)
         if wanted and fused and index + 1 < steps:  # after the last step nothing is left to be moved
-            prediction, shift, scores = _fused(z_state, timestep, told, null, scale, scorer, correction)
+            prediction, shift, scores = _fused(backbone, z_state, timestep, told, null, scale, scorer, correction)
         else:
             prediction, shift = _guided(backbone, z_state, z_cond, timestep, told, null, scale), None
         latents = scheduler.step(prediction, timestep, latents, return_dict=False, **noising)[0]
@@ -155,6 +160,7 @@ def _with_scale(text: TextStates, guidance_scale: float) -> tuple[TextStates, fl
 
 
 def _fused(
+    backbone: Backbone,
     z: Tensor,
     timestep: Tensor,
     text: TextStates,
@@ -165,17 +171,20 @@ def _fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The guided prediction at z_t, the shift z^_t - z_t that the next latent gets, and the scores of z_t."""
     assert isinstance(scorer, PredictingScorer)
+    timesteps, guided = timestep.expand(len(z)), guidance_scale != 1
+    apart = guided and z.shape[-2] * z.shape[-1] >= APART_FROM
+    first = [backbone.predict(z, timesteps, null)[0]] if apart else []
     predictions, moved, scores = predict_and_correct(
         z,
-        timestep.expand(len(z)),
+        timesteps,
         text,
-        None if guidance_scale == 1 else null,
+        null if guided and not apart else None,
         scorer=scorer,
         strength=correction.correct,
         rule=correction.correction_rule,
     )
-    guided = predictions if guidance_scale == 1 else _combine(predictions, guidance_scale)
-    return guided, moved - z, scores
+    both = torch.cat([*first, predictions])
+    return _combine(both, guidance_scale) if guided else both, moved - z, scores
 
 
 def _guided(
