@@ -16,7 +16,6 @@ random weights, everything else the bundled model's.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
 from dpt_t2i.config import ATLAS_ADAPTER, ItmRecConfig, TrainConfig
 from dpt_t2i.data.examples import Examples, collate
 from dpt_t2i.data.scenes import SceneRecords
-from dpt_t2i.evaluation.provenance import versions
+from dpt_t2i.evaluation.provenance import versions, write_json
 from dpt_t2i.training.encode import Encoded, Encoder
 from dpt_t2i.training.objective import AtlasObjective, Draw, weigh, weights_of
 from dpt_t2i.training.optimizer import make_optimizer
@@ -51,18 +50,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/atlas.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    names = args.model or list(BATCHES)
-    result: dict[str, Any] = {name: _figures(name, args.rounds) for name in names}
-    if "mid_size" in result:
-        result = {"all_taps_ratio": result["mid_size"]["ratio"]} | result
     models = "".join(f" --model {name}" for name in args.model or ())
-    result |= {
+    result: dict[str, Any] = {
         "command": f"python benchmarks/atlas.py --rounds {args.rounds}{models}",
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name in args.model or BATCHES:
+        result[name] = _figures(name, args.rounds)
+        if name == "mid_size":
+            result["all_taps_ratio"] = result[name]["ratio"]
+        write_json(args.output, result)  # what is measured is kept
 
 
 def _figures(name: str, rounds: int) -> dict[str, Any]:

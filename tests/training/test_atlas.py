@@ -14,6 +14,7 @@ from dpt_t2i.report import probe
 from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.trackers import read_metrics
 from tests.families import save_pixart_sigma
+from tests.training import forked
 from tests.training.conftest import SMALL
 
 PLAIN = {"timestep_buckets": 2, "max_map_size": 2, "max_grad_norm": 0.05, "on_policy_fraction": 0.0}
@@ -85,6 +86,23 @@ def test_it_goes_on_from_a_checkpoint(atlas_run, base, tmp_path):
 
 def atlas_cells_of(config: ProbeConfig):
     return json.loads((config.folder / "atlas.json").read_text())["cells"]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_atlas(atlas_run, base, tmp_path):
+    config, _ = atlas_run
+    given = {"pretrained_model_name_or_path": str(base), "taps": "mid_up2", "output_dir": str(tmp_path / "run")}
+    halved = build_config(ProbeConfig, overrides=SMALL | PLAIN | given | {"train_batch_size": 1})
+    forked.run(lambda: run_probe(halved), tmp_path / "logs", world=2)
+    for tap in ("mid", "up2"):
+        want, got = weights(config.folder / "adapters" / tap), weights(tmp_path / "run" / "adapters" / tap)
+        far = {name: float((got[name] - value).abs().max()) for name, value in want.items()}
+        assert max(far.values()) < 0.1 * SMALL["learning_rate"], max(far, key=lambda name: far[name])
+    for tap, row in atlas_cells_of(halved).items():
+        for timestep, cell in row.items():
+            one = atlas_cells_of(config)[tap][timestep]
+            assert cell.keys() == one.keys() and cell["itm_text"]["count"] == one["itm_text"]["count"]
+            assert cell["loss_i2t"] == pytest.approx(one["loss_i2t"], abs=1e-2)
 
 
 def test_a_transformers_blocks_all_at_once(tmp_path):
