@@ -1,6 +1,7 @@
 """How do 10,000 damaged files a reader end? -> benchmarks/results/fuzz.json
 
     python -m benchmarks.fuzz
+    python -m benchmarks.fuzz --reader webdataset    # only some; what the file says of the others stays
 
 The cases are those of the slow tests in `tests/data/test_fuzz.py`, counted: each file is read twice, once ending at the
 first fault (`error`), once leaving out what is broken (`skip`), and gives valid records or is `refused` in one line.
@@ -10,6 +11,7 @@ Anything else (a traceback, a record that is not whole) ends the script.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -24,12 +26,15 @@ log = logging.getLogger("fuzz")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=10_000, help="damaged files a reader")
+    parser.add_argument("--reader", choices=FILES, nargs="+", default=list(FILES), help="files of `FILES`")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/fuzz.json"))
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("dpt_t2i").setLevel(logging.ERROR)  # every fault is told, and there are thousands
     counts: dict[str, dict[str, int]] = {}
-    for form in FILES:
+    if args.output.is_file():
+        counts = json.loads(args.output.read_text())["counts"]
+    for form in args.reader:
         counts[form] = {}
         with tempfile.TemporaryDirectory() as folder:
             fuzz(form, Path(folder), args.n, counts[form])

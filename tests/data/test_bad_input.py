@@ -13,6 +13,7 @@ import pytest
 from dpt_t2i.config import DataConfig
 from dpt_t2i.data.examples import Examples
 from dpt_t2i.data.faults import Faults
+from dpt_t2i.data.mdetr import pictures_of, read_mdetr
 from dpt_t2i.data.records import Record
 from dpt_t2i.data.shards import read_shards
 from dpt_t2i.data.sources import open_records, read_source
@@ -106,6 +107,26 @@ def test_a_broken_tsv(tmp_path, old, new, says):
         read("hard_negatives", folder, Faults())
     if "row" in says:
         assert len(read("hard_negatives", folder, Faults("skip"))) == 2
+
+
+def test_names_that_are_no_utf8_are_faults_of_their_records(tmp_path):
+    mdetr = writers.write_mdetr(writers.scenes(2), tmp_path / "mdetr") / "finetune_toy_train.json"
+    tree = json.loads(mdetr.read_text())
+    for row in tree["images"]:
+        row["dataset_name"] = "\ud800"
+    mdetr.write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=r"original_id 21: .*surrogates not allowed"):
+        list(read_mdetr([mdetr], tmp_path / "mdetr" / "train2014"))
+    tree["images"][0]["original_id"] = None
+    mdetr.write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=r"image 0: `original_id` must be a whole number, not null"):
+        pictures_of(mdetr)
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
+        writers.add(tar, "\udcff.png", writers.png(writers.scenes(1)[0].load_image()))
+        writers.add(tar, "\udcff.txt", b"a")
+    with pytest.raises(InputError, match="surrogates not allowed"):
+        list(read_shards([shard]))
 
 
 def test_a_row_in_another_encoding_is_one_fault(tmp_path):

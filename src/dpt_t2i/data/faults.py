@@ -83,6 +83,8 @@ def sound(records: Iterable[tuple[str, Record]], faults: Faults) -> Iterator[Rec
 def _check(record: Record) -> bool:
     if not record.captions:
         raise ValueError("no caption")
+    for name in (record.id, record.source):
+        name.encode("utf-8")  # half a surrogate pair, or a tar member's name in another encoding
     texts = {
         "caption": record.captions,
         "negative": [negative.caption for negative in record.negatives],

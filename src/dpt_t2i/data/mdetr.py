@@ -44,8 +44,16 @@ def read_mdetr(files: Sequence[Path], image_root: Path, faults: Faults | None = 
 
 
 def pictures_of(path: Path) -> set[str]:
-    """`original_id` of all pictures of a file: those that a validation or test file keeps from training."""
-    return {_picture(row) for row in open_coco(path, Faults()).images.values()}
+    """`original_id` of all pictures of a file: those that a validation or test file keeps from training.
+
+    Raises:
+        InputError: the file, or the id of one of its images, cannot be read.
+    """
+    faults = Faults()
+    found = {
+        faults.attempt(f"{path}, image {key}", _picture, row) for key, row in open_coco(path, faults).images.items()
+    }
+    return {picture for picture in found if picture is not None}
 
 
 def _records(

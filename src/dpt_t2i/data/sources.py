@@ -139,7 +139,7 @@ def read_source(config: DataConfig, side: Side, faults: Faults) -> Iterator[Reco
 def _of_stream(config: DataConfig, split: Side, faults: Faults) -> Sequence[Record]:
     """The first held-out records of shards that are streamed, kept in memory."""
     if split == "train":
-        raise InputError("streamed shards have no index; leave out --streaming, which needs the shards on disk")
+        raise InputError("streamed shards have no index; shards on disk get one: leave out --streaming")
     shards = streamed_shards(config)[1]
     return RecordIndex(islice(stream_shards(shards, faults=faults), config.val_samples))
 
