@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
@@ -203,7 +203,7 @@ class _Run:
 
 def _sharded_base(job: Job, accelerator: Accelerator) -> ShardedBase | None:
     """Where the launcher asks for FSDP; else every process holds the whole base."""
-    if job.backbone is None or not sharding_asked() or not accelerator.use_distributed:
+    if job.backbone is None or not sharding_asked() or accelerator.distributed_type is DistributedType.NO:
         return None
     return ShardedBase(job.backbone, accelerator)
 
