@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dpt_t2i.data.examples import Examples, MicroBatches, Part, collate
+from dpt_t2i.data.examples import Examples, MicroBatches, Part, View, collate
 from dpt_t2i.data.records import Expression, Negative, Record
 from dpt_t2i.data.scenes import SceneRecords
 
@@ -84,6 +84,24 @@ def test_what_a_source_lacks_is_masked():
     assert batch.spans == (((4, 7),), ())
     assert batch.hard_images[0].min() == 1.0
     assert batch.hard_images[1].abs().max() == 0
+
+
+def test_alone_is_the_same_picture_and_caption_and_opens_no_other():
+    records = SceneRecords(length=6)
+    paired, alone = Examples(records, 64), Examples(records, 64, view=View(alone=True))
+    for epoch, row in ((0, 0), (3, 5)):
+        item, among = alone.item(epoch, row), paired.item(epoch, row)
+        assert torch.equal(item.pixels, among.pixels) and item.caption == among.caption
+        assert item.hard_pixels is item.random_pixels is item.hard_caption is item.expression is None
+
+    def refuse() -> Image.Image:
+        raise AssertionError("a negative was opened")
+
+    shown = Record(id="0", source="toy", image=lambda: flat(7), captions=("seven",), negative_image=refuse)
+    other = Record(id="1", source="toy", image=refuse, captions=("one",))
+    batch = collate([Examples([shown, other], 8, view=View(alone=True)).item(0, 0)])
+    assert not batch.has_hard_image.any() and not batch.has_random_image.any() and not batch.has_hard_caption.any()
+    assert collate([paired.item(0, 0)]).has_random_image.all()
 
 
 def test_one_record_is_too_few():

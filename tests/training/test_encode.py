@@ -33,6 +33,7 @@ def batch() -> Batch:
         hard_captions=("a blue circle", "", "a blue circle"),
         random_captions=("a blue star", "a red circle", "a green square"),
         has_hard_image=torch.tensor([True, False, False]),
+        has_random_image=torch.tensor([True, True, False]),
         has_hard_caption=torch.tensor([True, False, True]),
         expressions=("the red circle", "", "the two stars"),
         spans=(((4, 14),), (), ((4, 13), (8, 13))),
@@ -79,8 +80,10 @@ def test_the_null_row_is_the_empty_text(backbone, encoded):
 def test_latents_are_own_then_hard_then_random(backbone, batch, encoded):
     assert encoded.latents.shape == (9, 4, 8, 8) and len(encoded) == 3
     columns = (batch.images, batch.hard_images, batch.random_images)
-    for start, images in zip((0, 3, 6), columns, strict=True):
-        torch.testing.assert_close(encoded.latents[start : start + 3], backbone.encode_image(images))
+    exists = (torch.ones(3, dtype=torch.bool), batch.has_hard_image, batch.has_random_image)
+    for start, images, there in zip((0, 3, 6), columns, exists, strict=True):
+        wanted = backbone.encode_image(images) * there[:, None, None, None]  # where there is no picture: zeros
+        torch.testing.assert_close(encoded.latents[start : start + 3], wanted)
     assert torch.equal(encoded.has_hard_image, batch.has_hard_image)
     assert torch.equal(encoded.has_hard_caption, batch.has_hard_caption)
     assert encoded.records == (7, 0, 12)
@@ -170,5 +173,5 @@ def test_the_vae_sees_a_few_images_at_a_time(backbone, batch, encoded, monkeypat
     real = backbone.encode_image
     monkeypatch.setattr(backbone, "encode_image", lambda images: sizes.append(len(images)) or real(images))
     found = Encoder(backbone, K, None, vae_batch_size=4)(batch)
-    assert sizes == [4, 4, 1]
+    assert sizes == [4, 2], "six pictures exist: three own, one hard, two random"
     torch.testing.assert_close(found.latents, encoded.latents)

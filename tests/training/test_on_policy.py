@@ -108,7 +108,7 @@ def test_the_choice_does_not_depend_on_how_the_batch_is_cut(painter):
     assert 0 < whole.has_hard_image.sum() < 8
     for name in ("captions", "random_captions", "expressions", "records"):
         assert getattr(whole, name) == tuple(value for part in parts for value in getattr(part, name))
-    for name in ("images", "hard_images", "random_images", "has_hard_image"):
+    for name in ("images", "hard_images", "random_images", "has_hard_image", "has_random_image"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
     assert len(painter.calls) == 2, "one pool for all parts of a step"
 

@@ -161,6 +161,13 @@ def test_control_arm_trains_only_the_lora(tune_config, base):
     assert load_backbone(base, device="cpu").fingerprint()["weights"] == before
 
 
+def test_control_arm_looks_at_no_negatives(tune_config):
+    assert [set_up(tune_config(objective=name)).examples.view.alone for name in ("denoise_only", "dpt")] == [
+        True,
+        False,
+    ]
+
+
 def test_on_policy_negatives_run(probe_config):
     config = probe_config(on_policy_fraction=0.5, on_policy_pool=2, max_train_steps=1)
     run_probe(config)

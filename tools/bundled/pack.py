@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpt_t2i.config import GenerateConfig, build_config
+from dpt_t2i.publish.privacy import public
 
 TARGET = Path("src/dpt_t2i/bundled")
 LIMIT_MB = 24.0
@@ -101,7 +102,8 @@ def _store_sampling(learned: Path) -> None:
     (learned / "sampling.json").write_text(json.dumps(sampling, indent=2) + "\n")
     for file in learned.glob("*/adapter/config.json"):
         card = json.loads(file.read_text())
-        card["metadata"]["correction"] = chosen.correction.model_dump(mode="json")
+        correction = chosen.correction.model_dump(mode="json")
+        card["metadata"] = public(card["metadata"]) | {"correction": correction}  # no folder of the maker's machine
         file.write_text(json.dumps(card, indent=2) + "\n")
 
 

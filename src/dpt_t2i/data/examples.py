@@ -36,7 +36,7 @@ class Item:
 
     pixels: Tensor
     hard_pixels: Tensor | None  # None: the source has no hard-negative image
-    random_pixels: Tensor
+    random_pixels: Tensor | None  # None: negatives were not asked for
     caption: str
     hard_caption: str | None  # None: the source has no hard-negative caption
     random_caption: str
@@ -56,6 +56,7 @@ class Batch:
     hard_captions: tuple[str, ...]
     random_captions: tuple[str, ...]
     has_hard_image: Tensor  # [B] bool
+    has_random_image: Tensor  # [B] bool
     has_hard_caption: Tensor  # [B] bool
     expressions: tuple[str, ...]
     spans: tuple[tuple[tuple[int, int], ...], ...]  # B x n_i character ranges of the expression, one a box
@@ -78,11 +79,14 @@ class View:
         random_flip: mirror half of the examples whose captions and expression name no side. All three pictures of an
             example are mirrored together, so that no text is true of one for its side only.
         make_negatives: hard captions for records that have none of their own.
+        alone: the picture and its caption are all that is shown, which is what the denoising loss looks at; without
+            crops and flips both are what they would be among negatives.
     """
 
     center_crop: bool = True
     random_flip: bool = False
     make_negatives: MakeNegatives | None = None
+    alone: bool = False
 
     def item(self, records: Sequence[Record], row: int, rng: np.random.Generator, size: tuple[int, int]) -> Item:
         """Record `row` as `rng` draws it, its random negative another one of `records`; size = width, height.
@@ -92,6 +96,8 @@ class View:
         """
         record = records[row]
         caption = record.captions[int(rng.integers(len(record.captions)))]
+        if self.alone:
+            return self._picture(record, row, caption, rng, size)
         expression = _choose(record.expressions, rng)
         negatives = record.negatives
         if not negatives and self.make_negatives is not None:
@@ -101,14 +107,7 @@ class View:
         hard_image = int(rng.integers(1 + len(record.more_negative_images))) if record.more_negative_images else 0
         other, random_caption = random_negative(records, row, caption, rng)
         texts = (caption, negative.caption if negative else "", expression.text if expression else "")
-        flip = self.random_flip and rng.random() < 0.5 and not any(map(names_a_side, texts))
-
-        def show(picture: Image.Image, keep: Sequence[Box] = ()) -> tuple[Tensor, Tensor]:
-            at = None if self.center_crop else (float(rng.random()), float(rng.random()))
-            fitted, boxes = fit(picture, keep, size, at)
-            fitted, boxes = mirror(fitted, boxes) if flip else (fitted, boxes)
-            return to_pixels(fitted), boxes
-
+        show = self._lens(texts, rng, size)
         picture, keep = record.load_image(), expression.boxes if expression else ()
         record.require_inside(keep, picture.size)
         pixels, boxes = show(picture, keep)
@@ -124,6 +123,25 @@ class View:
             boxes=boxes,
             record=row,
         )
+
+    def _picture(self, record: Record, row: int, caption: str, rng: np.random.Generator, size: tuple[int, int]) -> Item:
+        """The example without negatives and expression."""
+        pixels, boxes = self._lens((caption,), rng, size)(record.load_image())
+        return Item(pixels, None, None, caption, None, "", None, boxes, row)
+
+    def _lens(
+        self, texts: Sequence[str], rng: np.random.Generator, size: tuple[int, int]
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
+        """How all pictures of an example with these texts are cut: (picture, boxes to keep) -> pixels, boxes."""
+        flip = self.random_flip and rng.random() < 0.5 and not any(map(names_a_side, texts))
+
+        def show(picture: Image.Image, keep: Sequence[Box] = ()) -> tuple[Tensor, Tensor]:
+            at = None if self.center_crop else (float(rng.random()), float(rng.random()))
+            fitted, boxes = fit(picture, keep, size, at)
+            fitted, boxes = mirror(fitted, boxes) if flip else (fitted, boxes)
+            return to_pixels(fitted), boxes
+
+        return show
 
 
 VIEW = View()
@@ -275,11 +293,12 @@ def collate(items: Sequence[Item]) -> Batch:
     return Batch(
         images=torch.stack([item.pixels for item in items]),
         hard_images=torch.stack([blank if item.hard_pixels is None else item.hard_pixels for item in items]),
-        random_images=torch.stack([item.random_pixels for item in items]),
+        random_images=torch.stack([blank if item.random_pixels is None else item.random_pixels for item in items]),
         captions=tuple(item.caption for item in items),
         hard_captions=tuple(item.hard_caption or "" for item in items),
         random_captions=tuple(item.random_caption for item in items),
         has_hard_image=torch.tensor([item.hard_pixels is not None for item in items]),
+        has_random_image=torch.tensor([item.random_pixels is not None for item in items]),
         has_hard_caption=torch.tensor([item.hard_caption is not None for item in items]),
         expressions=tuple(item.expression.text if item.expression else "" for item in items),
         spans=tuple(item.expression.spans if item.expression else () for item in items),

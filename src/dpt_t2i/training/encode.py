@@ -31,7 +31,7 @@ SHOWN = 10  # cut texts that the log names; the run folder gets them all
 class Encoded:
     """B examples on the device. Rows of `latents` and of `text` are shared by all that show the same thing."""
 
-    latents: Tensor  # [3 B, C, h, w]: the examples' images, the hard negatives', the random ones'
+    latents: Tensor  # [3 B, C, h, w]: the examples' images, the hard negatives', the random ones'; 0 for none
     text: TextStates  # U distinct texts
     caption: Tensor  # [B] rows of `text`
     hard_caption: Tensor  # [B]
@@ -88,11 +88,10 @@ class Encoder:
         row = {text: index for index, text in enumerate(texts)}
         rows = [torch.tensor([row[text] for text in column], device=device) for column in columns]
         states = self._text(texts) if self.cached is None else self.cached.text_of(texts, self._text)
-        images = torch.cat([batch.images, batch.hard_images, batch.random_images])
         self._note_cut(texts)
         tokens, mask, offsets = self._ground(batch.expressions, states, rows[3])
         return Encoded(
-            latents=self._latents(images) if self.cached is None else self.cached.latents_of(images, self._latents),
+            latents=self._latents(batch),
             text=states,
             caption=rows[0],
             hard_caption=rows[1],
@@ -121,7 +120,16 @@ class Encoder:
                         "over the text encoder's %d tokens: cut is `%s` of `%s`", len(offsets), text[end:].strip(), text
                     )
 
-    def _latents(self, images: Tensor) -> Tensor:
+    def _latents(self, batch: Batch) -> Tensor:
+        """Of all pictures that are there; a negative that does not exist costs no pass."""
+        exists = torch.cat([torch.ones_like(batch.has_hard_image), batch.has_hard_image, batch.has_random_image])
+        images = torch.cat([batch.images, batch.hard_images, batch.random_images])[exists]
+        found = self._encode(images) if self.cached is None else self.cached.latents_of(images, self._encode)
+        latents = found.new_zeros(len(exists), *found.shape[1:])
+        latents[exists.to(found.device)] = found
+        return latents
+
+    def _encode(self, images: Tensor) -> Tensor:
         parts = (
             self.backbone.encode_image(part.to(self.backbone.device)) for part in images.split(self.vae_batch_size)
         )

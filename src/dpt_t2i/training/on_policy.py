@@ -130,6 +130,7 @@ def _replace_rows(batch: Batch, items: dict[int, Item]) -> Batch:
         hard_captions=pick(batch.hard_captions, new.hard_captions),
         random_captions=pick(batch.random_captions, new.random_captions),
         has_hard_image=swap(batch.has_hard_image, new.has_hard_image),
+        has_random_image=swap(batch.has_random_image, new.has_random_image),
         has_hard_caption=swap(batch.has_hard_caption, new.has_hard_caption),
         expressions=pick(batch.expressions, new.expressions),
         spans=pick(batch.spans, new.spans),

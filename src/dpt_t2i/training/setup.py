@@ -178,7 +178,9 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
 
 def _open_examples(config: StageConfig, size: int, processes: int) -> Examples | ShardStream:
     data, train = config.data, config.train
-    view, skip_bad = View(data.center_crop, data.random_flip, perturb), data.on_bad == "skip"
+    skip_bad = data.on_bad == "skip"
+    alone = isinstance(config, TuneConfig) and config.objective == "denoise_only"
+    view = View(data.center_crop, data.random_flip, perturb, alone)
     if is_streamed(data):
         return open_stream(data, size, view)
     records, buckets = open_records(data, "train", size), None
