@@ -18,7 +18,7 @@ from dpt_t2i.evaluation.alignment import run_arms, summarise
 from dpt_t2i.evaluation.arm_images import jobs_of_arm
 from dpt_t2i.evaluation.suites import open_suite
 from dpt_t2i.evaluation.verdicts import Outcome, chosen
-from dpt_t2i.sampling.generate import Generated, Job
+from dpt_t2i.sampling.generate import Generated, Job, jobs_of
 from dpt_t2i.sampling.model import T2IModel
 from dpt_t2i.scenes.checker import check
 from dpt_t2i.scenes.facts import Fact
@@ -53,7 +53,7 @@ class Draughtsman:
         self.tuned, self.adapter, self.made = lora is not None, adapter, 0
 
     def is_right(self, job: Job, corrected: bool) -> bool:
-        candidate, seed = divmod(job.noise_seed, STRIDE)
+        candidate, seed = divmod(job.seed, STRIDE)
         if self.tuned:
             return corrected or candidate == job.prompt_index % 4 or (candidate == 0 and seed == 1)
         return job.prompt_index % 3 == 0
@@ -64,7 +64,7 @@ class Draughtsman:
             self.made += 1
             right = self.is_right(job, config.correction.correct > 0)
             image = draw(prompts[job.prompt_index].facts) if right else Image.new("RGB", (64, 64), (120, 120, 120))
-            score = -abs(job.noise_seed // STRIDE - job.prompt_index % 4) if self.adapter else None
+            score = -abs(job.seed // STRIDE - job.prompt_index % 4) if self.adapter else None
             yield Generated(job, image, torch.zeros(1), score)
 
     def settings(self, config: GenerateConfig) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def test_the_files_of_an_arm(base: Path) -> None:
     verdicts, candidates = (read(arms / "dpt_best4" / f"{n}.jsonl") for n in ("verdicts", "candidates"))
     assert len(verdicts) == 6 and len(candidates) == 24
     for row in verdicts:
-        assert row["seed"] == 0 and row["noise_seed"] == (row["prompt_index"] % 4) * STRIDE
+        assert row["seed"] == 0 and row["candidate_seed"] == (row["prompt_index"] % 4) * STRIDE
         assert row["correct"] and all(fact["holds"] for fact in row["facts"]) and row["seen"]
         assert (arms / "dpt_best4" / row["file"]).is_file()
     assert not (arms / "base" / "candidates.jsonl").exists() and not (arms / "base" / "boxes.jsonl").exists()
@@ -212,8 +212,13 @@ def test_the_summary_by_hand() -> None:
 def test_candidate_zero_has_the_seed_itself() -> None:
     prompts = open_suite("dev", 2)
     plain, search = (jobs_of_arm(prompts, [0, 5], best_of) for best_of in (1, 4))
-    assert [job for job in search if job.noise_seed < STRIDE] == plain
-    assert len({(job.prompt_index, job.noise_seed) for job in search}) == 16
+    assert [job for job in search if job.seed < STRIDE] == plain
+    assert len({job.noise_seed for job in search}) == 16, "no noise is shared, between prompts neither"
+    shared = jobs_of_arm(prompts, [0, 5], 1, own_noise=False)
+    assert [job.noise_seed for job in shared] == [0, 5, 0, 5]
+    assert [job.noise_seed for job in plain] == [
+        job.noise_seed for job in jobs_of([p.prompt.text for p in prompts], [0, 5], own_noise=True)
+    ]
 
 
 def test_the_best_score_is_chosen_and_the_lowest_seed_of_equals() -> None:

@@ -29,7 +29,7 @@ class Painter:
     def run(self, jobs: Sequence[Job], config: GenerateConfig) -> Iterator[Generated]:
         for job in jobs:
             self.made += 1
-            shade = (40 * job.prompt_index, 90 * job.noise_seed, 7)
+            shade = (40 * job.prompt_index, 90 * job.seed, 7)
             yield Generated(job, Image.new("RGB", (32, 32), shade), torch.zeros(1), 0.5)
 
     def settings(self, config: GenerateConfig) -> dict[str, Any]:

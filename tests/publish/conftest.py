@@ -19,7 +19,7 @@ def verdict(index: int, seed: int, correct: bool, score: float | None) -> dict[s
         "prompt": text,
         "category": category,
         "seed": seed,
-        "noise_seed": seed,
+        "candidate_seed": seed,
         "score": score,
         "correct": correct,
         "facts": [{"text": "there is a red circle", "holds": correct}, {"text": "there is a star", "holds": True}],

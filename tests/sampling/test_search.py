@@ -38,3 +38,16 @@ def test_the_search_keeps_what_plain_generation_would_rank_first():
         winner = max(alone.values(), key=lambda made: made.score)
         assert result.best.job.noise_seed == winner.job.seed
         assert (result.best.job.seed, result.best.job.prompt) == (0, job.prompt)
+
+
+def test_own_noise_is_a_function_of_prompt_and_seed():
+    prompts, seeds = ["a red circle", "two blue stars"], [0, 1]
+    shared, own = jobs_of(prompts, seeds), jobs_of(prompts, seeds, own_noise=True)
+    assert [job.noise_seed for job in shared] == [0, 1, 0, 1]
+    assert [(job.prompt, job.seed) for job in own] == [(job.prompt, job.seed) for job in shared]
+    turned = jobs_of(prompts[::-1], seeds, own_noise=True)
+    assert {(job.prompt, job.seed): job.noise_seed for job in own} == {
+        (job.prompt, job.seed): job.noise_seed for job in turned
+    }
+    candidates = [seed for job in own for seed in candidate_seeds(job.noise_seed, 8)]
+    assert len(set(candidates)) == 32 and max(candidates) < 2**63

@@ -99,6 +99,7 @@ class GenerateConfig(Section):
     prompt: tuple[str, ...] = Field((), description="prompt; may be given several times")
     prompts_file: Path | None = Field(None, description="text file (a prompt a line) or .jsonl with `prompt`")
     seeds: str = Field("0", description="`0`, `0,3,7` or `0-3`")
+    own_noise: bool = Field(False, description="a seed is another noise for every prompt, not one for all of them")
     height: int | None = Field(None, description="pixels; default: the model's own")
     width: int | None = Field(None, description="pixels; default: the model's own")
     sample: SampleConfig = SampleConfig()
@@ -127,6 +128,9 @@ class AlignmentConfig(Section):
         ("base", "dpt", "dpt_correct"), description="arm of the comparison; may be given several times"
     )
     seeds: str = Field("0-1", description="`0`, `0,3,7` or `0-3`; the same for every arm")
+    own_noise: bool = Field(
+        True, description="a seed is another noise for every prompt; else few noises decide, and no interval tells"
+    )
     max_prompts: Annotated[int, Field(gt=0)] | None = Field(
         None, description="use only N prompts, in turn from each category"
     )

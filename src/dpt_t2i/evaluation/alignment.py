@@ -185,7 +185,7 @@ def _make_all(
         if loaded is None or loaded[0] != (recipe.lora, recipe.adapter):
             loaded = None  # let go of the old weights before the new ones come
             loaded = (recipe.lora, recipe.adapter), open_model(recipe.lora, recipe.adapter)
-        jobs = jobs_of_arm(prompts, seeds, arm.best_of)
+        jobs = jobs_of_arm(prompts, seeds, arm.best_of, config.own_noise)
         logger.info("arm %s: %d images", arm.name, len(jobs))
         if arm.best_of > 1 and state.is_main_process:
             borrow_images(folder, _folder(config, _without_search(arm)), jobs)

@@ -13,15 +13,17 @@ from tqdm import tqdm
 from dpt_t2i.config import GenerateConfig
 from dpt_t2i.evaluation.suites import NumberedPrompt
 from dpt_t2i.sampling.folder import image_file, write_shared
-from dpt_t2i.sampling.generate import Generated, Job
+from dpt_t2i.sampling.generate import Generated, Job, noise_seed
 from dpt_t2i.sampling.model import T2IModel
 from dpt_t2i.sampling.search import candidate_seeds
 
 
-def jobs_of_arm(prompts: Sequence[NumberedPrompt], seeds: Sequence[int], best_of: int) -> list[Job]:
-    """Every candidate as an image of its own, named by its noise seed."""
+def jobs_of_arm(
+    prompts: Sequence[NumberedPrompt], seeds: Sequence[int], best_of: int, own_noise: bool = True
+) -> list[Job]:
+    """Every candidate as an image of its own, named by its seed."""
     return [
-        Job(p.index, p.prompt.text, candidate, candidate)
+        Job(p.index, p.prompt.text, candidate, noise_seed(p.prompt.text, candidate, own_noise))
         for p in prompts
         for seed in seeds
         for candidate in candidate_seeds(seed, best_of)

@@ -103,7 +103,12 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
     correction = _correction(config, adapter) if arm.corrected else CorrectionConfig()
     search = config.search.model_copy(update={"best_of": 1})
     settings = GenerateConfig(
-        model=config.model, sample=config.sample, correction=correction, search=search, seed=config.seed
+        model=config.model,
+        own_noise=config.own_noise,
+        sample=config.sample,
+        correction=correction,
+        search=search,
+        seed=config.seed,
     )
     return Recipe(lora, adapter, settings)
 

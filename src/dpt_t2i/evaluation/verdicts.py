@@ -85,7 +85,7 @@ def verdict_row(row: Row, verdict: Verdict, seed: int, category: str) -> dict[st
         "prompt": row["prompt"],
         "category": category,
         "seed": seed,
-        "noise_seed": row["seed"],
+        "candidate_seed": row["seed"],
         "score": row["score"],
         "correct": verdict.correct,
         "facts": [{"text": str(fact), "holds": holds} for fact, holds in verdict.facts],

@@ -21,7 +21,7 @@ def run_generate(config: GenerateConfig) -> dict[str, Any]:
         InputError: no prompt, a broken prompts file, seeds that cannot be read, or anything that `load_model` or the
             sampler refuses.
     """
-    jobs = jobs_of(read_prompts(config), parse_seeds(config.seeds))
+    jobs = jobs_of(read_prompts(config), parse_seeds(config.seeds), config.own_noise)
     settings = config.model
     state = processes(settings.device)
     model = load_model(

@@ -6,6 +6,7 @@ length. What is left between batch sizes is the rounding of the kernels (about 1
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,12 @@ class Generated:
     score: float | None  # matching score of the final latents, None without a judge
 
 
-def jobs_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+def noise_seed(prompt: str, seed: int, own_noise: bool) -> int:
+    """The noise that a seed stands for: one for all prompts, or with `own_noise` another one for each."""
+    return seed + (zlib.crc32(prompt.encode()) << 30 if own_noise else 0)
+
+
+def jobs_of(prompts: Sequence[str], seeds: Sequence[int], own_noise: bool = False) -> list[Job]:
     """Every prompt with every seed, prompt by prompt.
 
     Raises:
@@ -54,7 +60,11 @@ def jobs_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Job]:
         raise InputError("nothing to generate: give at least one prompt and one seed")
     if min(seeds) < 0:
         raise InputError(f"seed {min(seeds)} is negative; seeds are 0 or more")
-    return [Job(index, prompt, seed, seed) for index, prompt in enumerate(prompts) for seed in seeds]
+    return [
+        Job(index, prompt, seed, noise_seed(prompt, seed, own_noise))
+        for index, prompt in enumerate(prompts)
+        for seed in seeds
+    ]
 
 
 def generate(

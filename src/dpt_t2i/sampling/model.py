@@ -52,9 +52,8 @@ class T2IModel:
             InputError: an unknown setting (names the nearest), or one that needs an adapter where there is none.
         """
         config = build_config(GenerateConfig, overrides=settings)
-        jobs = jobs_of(
-            [prompts] if isinstance(prompts, str) else list(prompts), [seeds] if isinstance(seeds, int) else list(seeds)
-        )
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        jobs = jobs_of(texts, [seeds] if isinstance(seeds, int) else list(seeds), config.own_noise)
         return [made.image for made in self.run(jobs, config)]
 
     def run(self, jobs: Sequence[Job], config: GenerateConfig) -> Iterable[Generated]:
@@ -102,6 +101,7 @@ class T2IModel:
             "width": config.width or width,
             "sample": config.sample.model_dump(mode="json", exclude={"batch_size"}) | base,  # a batch changes none
             "correction": config.correction.model_dump(mode="json"),
+            "own_noise": config.own_noise,
             "search": {**config.search.model_dump(mode="json"), "seed": config.seed},
         }
 

@@ -49,7 +49,7 @@ def best_of(
     width: int | None = None,
 ) -> Iterator[SearchResult]:
     """For each job the best of `count` candidates by `judge`, in order; the other arguments are `generate`'s."""
-    candidates = [replace(job, noise_seed=seed) for job in jobs for seed in candidate_seeds(job.seed, count)]
+    candidates = [replace(job, noise_seed=seed) for job in jobs for seed in candidate_seeds(job.noise_seed, count)]
     images = generate(backbone, candidates, settings, correction, scorer, judge, height, width)
     for _ in jobs:
         tried = {image.job.noise_seed: image for image in (next(images) for _ in range(count))}
