@@ -16,6 +16,7 @@ from dpt_t2i.config.sections import (
     DataConfig,
     DataFormat,
     DenoiseConfig,
+    DistillConfig,
     ItmRecConfig,
     LoraSettings,
     ModelConfig,
@@ -83,6 +84,7 @@ class TuneConfig(_RunConfig):
     data: TrainDataConfig = TrainDataConfig()
     loss: ItmRecConfig = ItmRecConfig()
     denoise: DenoiseConfig = DenoiseConfig()
+    distill: DistillConfig = DistillConfig()
     train: TuneTrainConfig = TuneTrainConfig()
     samples: SamplesConfig = SamplesConfig()
     objective: Literal["dpt", "denoise_only"] = Field(

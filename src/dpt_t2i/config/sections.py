@@ -187,6 +187,23 @@ class DenoiseConfig(Section):
     )
 
 
+class DistillConfig(Section):
+    """Stage 2 beyond the paper: the LoRA learns to predict what the base would after a self-correction."""
+
+    distill_coef: float = Field(
+        0.0, ge=0, description="weight of predicting as the base corrected by stage 1's adapter would; 0 = off"
+    )
+    distill_strength: float = Field(
+        0.3, ge=0, description="length of that correction in the clean latent, relative to the latent, times sigma_t"
+    )
+    distill_adapter: Path | None = Field(
+        None, description="adapter of the plain base whose score corrects; default: the one that training starts from"
+    )
+    distill_min_timestep: int = Field(
+        500, ge=0, description="lowest corrected timestep; below it the plain base is what is predicted"
+    )
+
+
 class LoraSettings(Section):
     rank: Positive = Field(4, description="LoRA rank")
     lora_alpha: float | None = Field(None, description="LoRA alpha; default: the rank, so that the scale is 1")

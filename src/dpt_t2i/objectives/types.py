@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOSS_NAMES = ("loss_i2t", "loss_t2i", "loss_ce", "loss_bbox", "loss_giou", "loss_align", "loss_mse")
+LOSS_NAMES = ("loss_i2t", "loss_t2i", "loss_ce", "loss_bbox", "loss_giou", "loss_align", "loss_mse", "loss_distill")
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from dpt_t2i.adapter.types import AdapterOutput
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.reader import gradient_cut
 from dpt_t2i.backbones.types import Features, Tap
-from dpt_t2i.config import DenoiseConfig, ItmRecConfig
+from dpt_t2i.config import DenoiseConfig, DistillConfig, ItmRecConfig
 from dpt_t2i.objectives.denoise import denoise_loss
 from dpt_t2i.objectives.itm import itm_loss
 from dpt_t2i.objectives.rec import rec_losses
 from dpt_t2i.objectives.types import Losses
+from dpt_t2i.training.distill import Teacher
 from dpt_t2i.training.encode import Encoded
 
 
@@ -83,10 +84,13 @@ class AtlasObjective(nn.Module):
 class TuneObjective(nn.Module):
     """Stage 2: one full pass for the positive, one pass to the tap for the other five; ITM + REC + denoising.
 
-    Examples with a dropped caption get one more row in the full pass, whose text is empty.
+    Examples with a dropped caption get one more row in the full pass, whose text is empty. With a teacher the example's
+    picture goes through the full pass under its two wrong captions too, and all three predictions are held to the
+    teacher's.
 
     Args:
         cut: block behind which the denoising loss sends no gradient into its map (`detach_unet_feature`).
+        teacher: what a corrected step would predict; None = there is no such loss.
     """
 
     def __init__(
@@ -97,19 +101,27 @@ class TuneObjective(nn.Module):
         loss: ItmRecConfig,
         denoise: DenoiseConfig,
         cut: Tap | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.adapter, self.taps, self.loss, self.denoise = backbone, adapter, tuple(taps), loss, denoise
-        self.cut = cut
+        self.cut, self.teacher = cut, teacher
         self.denoiser = backbone.denoiser  # registered here so that wrappers see the LoRA
 
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
-        """Unweighted loss terms by name, `loss_mse` included."""
+        """Unweighted loss terms by name, `loss_mse` included, with a teacher `loss_distill` too."""
         plan, count = _Plan(batch), len(batch)
-        mse, positive = denoising(self.backbone, self.taps, batch, draw, self.denoise, self.cut)
-        others = _features(self.backbone, self.taps, batch, draw, plan.images[count:], plan.texts[count:])
-        terms = discriminate((self.adapter,), _stack(positive, others), plan, batch, num_boxes, self.loss)
-        return terms | {"loss_mse": mse}
+        # Rows of the plan that are predicted: the first block; with a teacher the first three, which share a picture.
+        whole = count if self.teacher is None else int(plan.kept[: 3 * count].sum())
+        wrong = plan.images[count:whole], plan.texts[count:whole]
+        mse, seen = denoising(self.backbone, self.taps, batch, draw, self.denoise, self.cut, wrong)
+        others = _features(self.backbone, self.taps, batch, draw, plan.images[whole:], plan.texts[whole:])
+        terms = discriminate((self.adapter,), _stack(seen.features, others), plan, batch, num_boxes, self.loss)
+        terms |= {"loss_mse": mse}
+        if self.teacher is not None:
+            wanted = self.teacher(seen.noisy, seen.timesteps, batch.text.select(seen.texts))
+            terms |= {"loss_distill": denoise_loss(seen.prediction, wanted)}
+        return terms
 
 
 class DenoiseObjective(nn.Module):
@@ -125,7 +137,9 @@ class DenoiseObjective(nn.Module):
         return {"loss_mse": denoising(self.backbone, (), batch, draw, self.denoise, self.cut)[0]}
 
 
-def weights_of(loss: ItmRecConfig, denoise: DenoiseConfig | None = None) -> dict[str, float]:
+def weights_of(
+    loss: ItmRecConfig, denoise: DenoiseConfig | None = None, distill: DistillConfig | None = None
+) -> dict[str, float]:
     """Weight of each named term."""
     return {
         "loss_i2t": loss.itm_coef,
@@ -135,6 +149,7 @@ def weights_of(loss: ItmRecConfig, denoise: DenoiseConfig | None = None) -> dict
         "loss_giou": loss.giou_coef,
         "loss_align": loss.align_coef,
         "loss_mse": denoise.mse_loss_coef if denoise else 1.0,
+        "loss_distill": distill.distill_coef if distill else 0.0,
     }
 
 
@@ -195,17 +210,23 @@ def denoising(
     draw: Draw,
     config: DenoiseConfig,
     cut: Tap | None = None,
-) -> tuple[Tensor, Features]:
-    """Denoising loss of the positives, and their features, from one full pass."""
+    wrong: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Seen]:
+    """Denoising loss of the positives, and all that one full pass told of them, then of the pictures in `wrong`.
+
+    Args:
+        wrong: examples `[N]` whose pictures are predicted once more, and the rows of `text` that they then go under.
+    """
     count = len(batch)
     rows = torch.arange(count, device=draw.timesteps.device)
     dropped = rows[draw.drop_caption]
-    seen = torch.cat([rows, dropped])
-    text = batch.text.select(torch.cat([batch.caption, batch.null.expand(len(dropped))]))
-    noisy = backbone.add_noise(batch.latents[:count], draw.noise, draw.timesteps)
+    again, under = (rows[:0], rows[:0]) if wrong is None else wrong
+    seen, told = torch.cat([rows, again, dropped]), torch.cat([batch.caption, under, batch.null.expand(len(dropped))])
+    noisy, timesteps = backbone.add_noise(batch.latents[:count], draw.noise, draw.timesteps)[seen], draw.timesteps[seen]
     with gradient_cut(backbone.denoiser, cut) if cut else nullcontext():
-        prediction, features = backbone.predict(noisy[seen], draw.timesteps[seen], text, taps)
-    judged = prediction[:count].index_copy(0, dropped, prediction[count:])
+        prediction, features = backbone.predict(noisy, timesteps, batch.text.select(told), taps)
+    kept = slice(0, count + len(again))
+    judged = prediction[:count].index_copy(0, dropped, prediction[kept.stop :])
     mse = denoise_loss(
         judged,
         backbone.target(batch.latents[:count], draw.noise, draw.timesteps),
@@ -213,7 +234,18 @@ def denoising(
         snr_gamma=config.snr_gamma,
         prediction_type=backbone.prediction_type,
     )
-    return mse, _rows(features, slice(0, count))
+    return mse, Seen(noisy[kept], timesteps[kept], told[kept], prediction[kept], _rows(features, kept))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """N rows of a full pass."""
+
+    noisy: Tensor  # [N, C, h, w] z_t
+    timesteps: Tensor  # [N]
+    texts: Tensor  # [N] rows of the batch's `text`
+    prediction: Tensor  # [N, C, h, w]
+    features: Features  # at the taps
 
 
 class _Plan:

@@ -17,6 +17,7 @@ from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import TuneConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import ema
+from dpt_t2i.training.distill import Teacher
 from dpt_t2i.training.ema import LoraAverage
 from dpt_t2i.training.encode import report_cut
 from dpt_t2i.training.engine import Job, train
@@ -44,7 +45,8 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     cut = _cut_of(config, setup)
     objective: nn.Module
     if discriminative:
-        objective = TuneObjective(setup.backbone, setup.adapter, setup.taps, config.loss, config.denoise, cut)
+        teacher = Teacher.of(config, setup.backbone, setup.adapter, setup.taps)
+        objective = TuneObjective(setup.backbone, setup.adapter, setup.taps, config.loss, config.denoise, cut, teacher)
     else:
         objective = DenoiseObjective(setup.backbone, config.denoise, cut)
 
@@ -87,7 +89,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     figures = train(
         Job(
             objective=objective,
-            weights=weights_of(config.loss, config.denoise),
+            weights=weights_of(config.loss, config.denoise, config.distill),
             feed=Feed(setup.encoder, setup.examples, config.train, config.data, dropout, config.seed, pool),
             output_dir=config.folder,
             save_artifacts=save_all,
