@@ -146,6 +146,36 @@ def test_the_denoising_gradient_is_cut_behind_a_block():
             assert cut[name] == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_share_of_the_gradient_of_itm_and_rec_reaches_the_lora(share):
+    """LoRA: that of denoising and `share` of that of the adapter's losses; adapter: all of its own."""
+    backbone = tiny_backbone()
+    torch.manual_seed(0)
+    parameters = add_lora(backbone, rank=2)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.normal_(std=0.1)
+    taps, adapter = backbone.parse_taps("up1"), tiny_adapter(backbone, "up1")
+    examples = Examples(SceneRecords(length=20, size=32), 32)
+    encoded = Encoder(backbone, adapter.config.num_token_classes, None)(collate([examples[0], examples[1]]))
+    noise = torch.randn(encoded.latents[:2].shape, generator=torch.Generator().manual_seed(0))
+    draw = Draw(noise, torch.tensor([100, 700]), torch.tensor([False, False]))
+
+    def gradients(share, *left_out):
+        how = (backbone, adapter, taps, ItmRecConfig(), DenoiseConfig(), None, None, share)
+        terms = TuneObjective(*how)(encoded, draw, 2.0)
+        learned = [*parameters, *(value for value in adapter.parameters())]
+        total = sum(value for name, value in terms.items() if name not in left_out)
+        found = torch.autograd.grad(total, learned, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(learned, found, strict=True)]
+
+    whole, judged = gradients(1.0), gradients(1.0, "loss_mse")
+    for index, (found, all_, own) in enumerate(zip(gradients(share), whole, judged, strict=True)):
+        wanted = all_ - (1 - share) * own if index < len(parameters) else all_
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+    assert any(value.abs().max() > 1e-4 for value in judged[: len(parameters)])
+
+
 def test_the_cut_leaves_the_adapters_gradient_alone():
     whole, cut = gradients_of_b(None, "loss_i2t"), gradients_of_b("up1", "loss_i2t")
     assert whole == pytest.approx(cut, rel=1e-5)

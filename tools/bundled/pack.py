@@ -94,15 +94,19 @@ def _take(source: Path, target: Path) -> None:
 
 
 def _store_sampling(learned: Path) -> None:
-    """What was chosen on dev (`configs/bundled/generate.yaml`): guidance and eta go to the base's `dpt/sampling.json`,
-    the correction travels with each adapter."""
+    """What was chosen on dev: guidance and eta go to the base's `dpt/sampling.json`, and with each adapter travels the
+    correction that it bears."""
     chosen = build_config(GenerateConfig, Path("configs/bundled/generate.yaml"))
+    corrections = {"tuned": chosen, "probe": build_config(GenerateConfig, Path("configs/bundled/generate_base.yaml"))}
     learned.mkdir(exist_ok=True)
     sampling = chosen.sample.model_dump(mode="json", include={"guidance_scale", "eta"})
     (learned / "sampling.json").write_text(json.dumps(sampling, indent=2) + "\n")
-    for file in learned.glob("*/adapter/config.json"):
+    for stage, config in corrections.items():
+        file = learned / stage / "adapter/config.json"
+        if not file.is_file():
+            continue
         card = json.loads(file.read_text())
-        correction = chosen.correction.model_dump(mode="json")
+        correction = config.correction.model_dump(mode="json")
         card["metadata"] = public(card["metadata"]) | {"correction": correction}  # no folder of the maker's machine
         file.write_text(json.dumps(card, indent=2) + "\n")
 

@@ -208,6 +208,10 @@ class LoraSettings(Section):
     rank: Positive = Field(4, description="LoRA rank")
     lora_alpha: float | None = Field(None, description="LoRA alpha; default: the rank, so that the scale is 1")
     lora_scope: Literal["all", "to_tap"] = Field("all", description="attention of the whole denoiser, or up to the tap")
+    lora_itm_rec_share: Fraction = Field(
+        1.0,
+        description="share of the gradient of ITM and REC that reaches the LoRA; 0 = they teach the adapter alone",
+    )
 
 
 class TrainConfig(Section):

@@ -91,6 +91,7 @@ class TuneObjective(nn.Module):
     Args:
         cut: block behind which the denoising loss sends no gradient into its map (`detach_unet_feature`).
         teacher: what a corrected step would predict; None = there is no such loss.
+        share: of the gradient of ITM and REC that goes on behind the maps, into the denoiser.
     """
 
     def __init__(
@@ -102,10 +103,11 @@ class TuneObjective(nn.Module):
         denoise: DenoiseConfig,
         cut: Tap | None = None,
         teacher: Teacher | None = None,
+        share: float = 1.0,
     ) -> None:
         super().__init__()
         self.backbone, self.adapter, self.taps, self.loss, self.denoise = backbone, adapter, tuple(taps), loss, denoise
-        self.cut, self.teacher = cut, teacher
+        self.cut, self.teacher, self.share = cut, teacher, share
         self.denoiser = backbone.denoiser  # registered here so that wrappers see the LoRA
 
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
@@ -115,8 +117,10 @@ class TuneObjective(nn.Module):
         whole = count if self.teacher is None else int(plan.kept[: 3 * count].sum())
         wrong = plan.images[count:whole], plan.texts[count:whole]
         mse, seen = denoising(self.backbone, self.taps, batch, draw, self.denoise, self.cut, wrong)
-        others = _features(self.backbone, self.taps, batch, draw, plan.images[whole:], plan.texts[whole:])
-        terms = discriminate((self.adapter,), _stack(seen.features, others), plan, batch, num_boxes, self.loss)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.share > 0):
+            others = _features(self.backbone, self.taps, batch, draw, plan.images[whole:], plan.texts[whole:])
+        read = _damped(_stack(seen.features, others), self.share)
+        terms = discriminate((self.adapter,), read, plan, batch, num_boxes, self.loss)
         terms |= {"loss_mse": mse}
         if self.teacher is not None:
             wanted = self.teacher(seen.noisy, seen.timesteps, batch.text.select(seen.texts))
@@ -275,6 +279,14 @@ def _features(
     timesteps = draw.timesteps[example]
     noisy = backbone.add_noise(batch.latents[images], draw.noise[example], timesteps)
     return backbone.features(noisy, timesteps, batch.text.select(texts), taps)
+
+
+def _damped(features: Features, share: float) -> Features:
+    """The same maps, behind which only a share of the gradient goes on."""
+    if share == 1:
+        return features
+    maps = {tap: value.detach() + share * (value - value.detach()) for tap, value in features.maps.items()}
+    return Features(maps, features.timesteps)
 
 
 def _rows(features: Features, rows: slice) -> Features:

@@ -46,7 +46,16 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     objective: nn.Module
     if discriminative:
         teacher = Teacher.of(config, setup.backbone, setup.adapter, setup.taps)
-        objective = TuneObjective(setup.backbone, setup.adapter, setup.taps, config.loss, config.denoise, cut, teacher)
+        objective = TuneObjective(
+            setup.backbone,
+            setup.adapter,
+            setup.taps,
+            config.loss,
+            config.denoise,
+            cut,
+            teacher,
+            config.lora.lora_itm_rec_share,
+        )
     else:
         objective = DenoiseObjective(setup.backbone, config.denoise, cut)
 
