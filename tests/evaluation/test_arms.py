@@ -11,8 +11,10 @@ from dpt_t2i.evaluation.arms import ARMS, PAIRS, choose_arms, recipe_of
 from dpt_t2i.sampling.model import T2IModel
 
 NAMES = (
-    "base base_correct control control_compute dpt dpt_correct dpt_best4 random dpt_onpolicy live live_correct".split()
-)
+    "base base_correct base_correct_best4 base_correct_random control control_compute dpt dpt_correct dpt_best4 random "
+    "dpt_onpolicy live live_correct"
+).split()
+CORRECTED = {"base_correct", "base_correct_best4", "dpt_correct", "live_correct"}
 TUNED = "dpt/tuned/pytorch_lora_weights.safetensors"
 
 
@@ -34,8 +36,9 @@ def config(base: Path, **settings: object) -> AlignmentConfig:
 
 def test_the_table() -> None:
     assert list(ARMS) == NAMES
-    assert {name for name, arm in ARMS.items() if arm.corrected} == {"base_correct", "dpt_correct", "live_correct"}
-    assert {name: arm.best_of for name, arm in ARMS.items() if arm.best_of > 1} == {"dpt_best4": 4, "random": 4}
+    assert {name for name, arm in ARMS.items() if arm.corrected} == CORRECTED
+    searched = {"base_correct_best4", "base_correct_random", "dpt_best4", "random"}
+    assert {name: arm.best_of for name, arm in ARMS.items() if arm.best_of > 1} == dict.fromkeys(searched, 4)
     assert {name for pair in PAIRS for name in pair} == set(NAMES)
 
 
@@ -61,6 +64,8 @@ def test_every_arm_takes_its_own_weights(base: Path) -> None:
     assert weights == {
         "base": (None, None),
         "base_correct": (None, Path("dpt/probe/adapter")),
+        "base_correct_best4": (None, Path("dpt/probe/adapter")),
+        "base_correct_random": (None, Path("dpt/probe/adapter")),
         "control": (Path("run"), None),
         "control_compute": (Path("run/b.safetensors"), None),
         "dpt": tuned,
@@ -72,7 +77,7 @@ def test_every_arm_takes_its_own_weights(base: Path) -> None:
         "live_correct": (Path("run"), Path("run/adapter")),
     }
     corrected = {name for name, r in found.items() if r.settings.correction.correct > 0}
-    assert corrected == {"base_correct", "dpt_correct", "live_correct"}
+    assert corrected == CORRECTED
 
 
 def test_sampling_is_the_same_for_every_arm(base: Path) -> None:

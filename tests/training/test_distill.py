@@ -172,6 +172,21 @@ def test_a_tuned_start_needs_the_plain_bases_adapter(probe_config, tune_config, 
         run_tune(tune_config(**again | {"output_dir": str(tmp_path / "b")}, distill_adapter=str(tmp_path / "nowhere")))
 
 
+def test_the_teacher_learns_nothing_with_the_adapter(tune_config) -> None:
+    backbone = tiny_backbone()
+    adapter = tiny_adapter(backbone)
+    teacher = Teacher.of(tune_config(distill_coef=1.0), backbone, adapter, backbone.parse_taps("up1"))
+    text, steps = backbone.encode_text(TEXTS[:1]), torch.tensor([900])
+    noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = teacher(noisy, steps, text)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            assert parameter.requires_grad
+            parameter.add_(torch.randn_like(parameter))
+    torch.testing.assert_close(teacher(noisy, steps, text), before, rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in teacher.scorer.adapter.parameters())
+
+
 def test_with_fsdp_it_is_refused(monkeypatch, tune_config) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     backbone = tiny_backbone()

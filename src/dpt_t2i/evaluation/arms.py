@@ -31,6 +31,8 @@ ARMS: dict[str, Arm] = {
     for arm in (
         Arm("base", "none"),
         Arm("base_correct", "none", "probe", corrected=True),
+        Arm("base_correct_best4", "none", "probe", corrected=True, best_of=4),
+        Arm("base_correct_random", "none", "probe", best_of=4, random_of="base_correct_best4"),
         Arm("control", "control"),
         Arm("control_compute", "control_compute"),
         Arm("dpt", "dpt", "dpt"),
@@ -49,6 +51,9 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("control", "base"),
     ("control_compute", "base"),
     ("base_correct", "base"),
+    ("base_correct_best4", "base_correct"),
+    ("base_correct_best4", "base_correct_random"),
+    ("base_correct_best4", "base"),
     ("dpt_correct", "dpt"),
     ("dpt_correct", "base"),
     ("dpt_best4", "dpt"),

@@ -20,6 +20,8 @@ SHOWN_WORSE = 24  # prompts that got worse
 ARM_MEANING = {
     "base": "the plain model",
     "base_correct": "the plain model, self-corrected with the probe's adapter",
+    "base_correct_best4": "base_correct, the best of four seeds by the probe's matching score",
+    "base_correct_random": "base_correct, one of the same four seeds at random (expected value)",
     "control": "LoRA trained on the denoising loss alone, for as many steps as dpt",
     "control_compute": "LoRA trained on the denoising loss alone, with as much compute as dpt",
     "dpt": "LoRA tuned on matching, grounding and denoising",
