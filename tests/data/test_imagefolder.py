@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.imagefolder import read_imagefolder
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.errors import InputError
@@ -44,6 +45,14 @@ def test_a_broken_line_is_named(tmp_path, line, says):
     with pytest.raises(InputError, match="line 2") as caught:
         read_imagefolder(tmp_path)
     assert says in str(caught.value)
+
+
+def test_where_every_line_is_broken_the_first_reason_is_told(tmp_path):
+    export_scenes(tmp_path, n=2, size=16)
+    file = next(tmp_path.rglob("metadata.jsonl"))
+    file.write_bytes(file.read_text().encode("utf-16"))
+    with pytest.raises(InputError, match="holds no record: all lines were left out, the first because: .*utf-8"):
+        read_imagefolder(file.parent, Faults("skip"))
 
 
 def test_missing_metadata_is_one_clear_line(tmp_path):

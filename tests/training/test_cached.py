@@ -1,5 +1,6 @@
 """From the cache or live, the same latents and states; and nothing that does not belong to what is asked for."""
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -139,3 +140,24 @@ def test_a_missing_cache_is_one_line(backbone, data):
     with pytest.raises(InputError, match="dpt data cache"):
         open_cache(data, backbone, 32)
     assert open_cache(data.model_copy(update={"cache_dir": None}), backbone, 32) is None
+
+
+def test_a_broken_picture_is_one_line_or_left_out_and_counted(data, run, folder, caplog):
+    file = next(folder.rglob("metadata.jsonl"))
+    broken = file.parent / json.loads(file.read_text().splitlines()[0])["file_name"]
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(InputError, match=broken.name):
+        run(data)
+    found = run(data.model_copy(update={"on_bad": "skip"}), block_size=2)
+    assert found["left_out"] == 1 and "1 records with a broken picture were left out" in found["summary"]
+    assert found["images_encoded"] > 0 and caplog.text.count("left out: ") == 1 and broken.name in caplog.text
+
+
+def test_a_box_outside_its_picture_is_not_cached_unseen(data, run, folder):
+    file = next(folder.rglob("metadata.jsonl"))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["expressions"] = [{"text": "it", "spans": [[0, 2]], "boxes": [[30, 30, 40, 40]]}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    with pytest.raises(InputError, match="outside"):
+        run(data)
+    assert run(data.model_copy(update={"on_bad": "skip"}))["left_out"] == 1

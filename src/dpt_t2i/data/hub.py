@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from dpt_t2i.data.faults import Faults, sound
-from dpt_t2i.data.fields import table
+from dpt_t2i.data.fields import table, text
 from dpt_t2i.data.imagefolder import native_record
 from dpt_t2i.data.records import Record
 from dpt_t2i.data.shards import EncodedImage
@@ -81,14 +81,15 @@ def _record(row: Mapping[str, Any], image: Any, name: str, number: int) -> Recor
 def _stored(value: Any, where: str) -> EncodedImage:
     """The bytes of an undecoded image cell, or ValueError."""
     cell = table(value, f"column `{COLUMN}`")
-    if cell.get("bytes") is not None:
+    if isinstance(cell.get("bytes"), bytes):
         return EncodedImage(cell["bytes"], where)
     if cell.get("path") is None:
         raise ValueError(f"column `{COLUMN}` has neither bytes nor a path")
+    path = text(cell["path"], "path")
     try:
-        return EncodedImage(Path(cell["path"]).read_bytes(), cell["path"])
+        return EncodedImage(Path(path).read_bytes(), path)
     except OSError as error:
-        raise ValueError(f"cannot read image {cell['path']}: {error.strerror}") from error
+        raise ValueError(f"cannot read image {path}: {error.strerror}") from error
 
 
 def _undecoded(dataset: Any) -> Any:

@@ -40,7 +40,9 @@ def each_record(folder: Path, faults: Faults | None = None) -> Iterator[Record]:
         empty = False
         yield record
     if empty:
-        raise InputError(f"{file} holds no record")
+        found = faults.found[:1]
+        why = [f": all lines were left out, the first because: {fault.reason}" for fault in found]
+        raise InputError(f"{file} holds no record{''.join(why)}")
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

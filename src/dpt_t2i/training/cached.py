@@ -21,6 +21,7 @@ from dpt_t2i.backbones.loading import load_backbone
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.config import CacheConfig, TrainDataConfig
 from dpt_t2i.data.cache import Cache, Columns, Key, Spec, content_key, fill, pixels_key, record_key, text_key
+from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.perturb import perturb
 from dpt_t2i.data.records import Record
 from dpt_t2i.data.sources import open_records
@@ -125,10 +126,11 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
     records = open_records(data, "train", size)
     parts = [records[at : at + config.block_size] for at in range(0, len(records), config.block_size)]
     names = [_block_name(part, data, size) for part in parts]
-    first = len(names) * state.process_index // state.num_processes
-    latents = fill(cached.latents, names, lambda n, beat: _latents(cached, parts[n], config, size, beat), first)
+    first, bad = len(names) * state.process_index // state.num_processes, Faults(data.on_bad)
+    latents = fill(cached.latents, names, lambda n, beat: _latents(cached, parts[n], config, size, bad, beat), first)
     text = fill(cached.text, names, lambda n, beat: _text(cached, parts[n], beat), first)
-    return _summary(gathered([(latents.rows, text.rows)], state), len(records), data.cache_dir, cached)
+    left_out = sum(gathered([len(bad.found)], state))
+    return _summary(gathered([(latents.rows, text.rows)], state), len(records), left_out, data.cache_dir, cached)
 
 
 def _require_squares(data: TrainDataConfig) -> None:
@@ -136,32 +138,41 @@ def _require_squares(data: TrainDataConfig) -> None:
         raise InputError("a cache holds squares; leave out aspect_buckets or cache_dir")
 
 
-def _summary(rows: Sequence[tuple[int, int]], records: int, root: Path, cached: CachedEncodings) -> dict[str, Any]:
+def _summary(
+    rows: Sequence[tuple[int, int]], records: int, left_out: int, root: Path, cached: CachedEncodings
+) -> dict[str, Any]:
     cached.latents.refresh()
     cached.text.refresh()
     images, texts = (sum(column) for column in zip(*rows, strict=True))
     line = f"{records} records: {images} images and {texts} texts encoded; the cache has {len(cached.latents)} and "
+    broken = [f"{left_out} records with a broken picture were left out"] if left_out else []
     return {
         "records": records,
+        "left_out": left_out,
         "images_encoded": images,
         "texts_encoded": texts,
         "by_process": [list(row) for row in rows],
         "images": len(cached.latents),
         "texts": len(cached.text),
         "cache_dir": str(root),
-        "summary": [line + str(len(cached.text)), f"cache: {root}"],
+        "summary": [line + str(len(cached.text)), *broken, f"cache: {root}"],
     }
 
 
 @torch.no_grad()
 def _latents(
-    cached: CachedEncodings, records: Sequence[Record], config: CacheConfig, size: int, beat: Callable[[], None]
+    cached: CachedEncodings,
+    records: Sequence[Record],
+    config: CacheConfig,
+    size: int,
+    bad: Faults,
+    beat: Callable[[], None],
 ) -> tuple[list[Key], Columns, int]:
     """Every square that `Examples` can show of some records and the cache does not have."""
     shown: dict[Key, bool] = {}  # and whether it was in the cache
 
     def missing() -> Iterator[Tensor]:  # as they are asked for: a block of large pictures would fill the memory
-        for square in (square for record in records for square in _squares(record, size, config.data)):
+        for square in (square for record in records for square in _whole(record, size, config.data, bad)):
             key = pixels_key(square)
             if key not in shown:
                 shown[key] = key in cached.latents
@@ -198,11 +209,24 @@ def _text(
     return list(missing), columns, len(texts) - len(missing)
 
 
+def _whole(record: Record, size: int, data: TrainDataConfig, bad: Faults) -> list[Tensor]:
+    """`_squares`; none of a record that training will leave out for a broken picture."""
+    try:
+        return list(_squares(record, size, data))
+    except InputError as error:
+        if data.on_bad == "error":
+            raise
+        bad.report(f"{record.source}/{record.id}", str(error))
+        return []
+
+
 def _squares(record: Record, size: int, data: TrainDataConfig) -> Iterable[Tensor]:
     """As an example's own image (around an expression's boxes), as another's random one, and as a hard negative."""
     image = record.load_image()
     others = range(0 if record.negative_image is None else 1 + len(record.more_negative_images))
     negatives = (record.load_negative_image(number) for number in others)
+    for expression in record.expressions:
+        record.require_inside(expression.boxes, image.size)
     shots = [(image, ()), *((image, e.boxes) for e in record.expressions)]
     for picture, boxes in [*shots, *((negative, ()) for negative in negatives if negative is not None)]:
         square, kept = fit_square(picture, boxes, size)
