@@ -155,7 +155,10 @@ class Table:
         self.column_names = [hub.COLUMN]
 
     def __getitem__(self, row: int) -> Any:
-        return self.rows[row]
+        found = self.rows[row]
+        return (
+            found if isinstance(found, dict) and hub.COLUMN in found else {hub.COLUMN: None}
+        )  # columns are never lacking
 
     def remove_columns(self, name: str) -> "Table":
         return Table(self.file, name)
