@@ -154,6 +154,9 @@ class Table:
                 row.pop(without, None)
         self.column_names = [hub.COLUMN]
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
     def __getitem__(self, row: int) -> Any:
         found = self.rows[row]
         return (
@@ -208,6 +211,12 @@ def fuzz(form: str, folder: Path, cases: int, tally: dict[str, int] | None = Non
                 tally[f"{mode} {outcome}"] = tally.get(f"{mode} {outcome}", 0) + 1
 
     check()
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_a_sound_file_gives_its_records(tmp_path: Path, form: str) -> None:
+    write(form, tmp_path)
+    assert list(read(form, tmp_path, Faults()))
 
 
 @pytest.mark.parametrize("form", FILES)
