@@ -16,8 +16,10 @@ demo: $(STAMP) ## the whole loop live, in minutes: probe, tune, generate, measur
 test: $(STAMP) ## fast tests, on the CPU
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP) ## tests that train or sample; those that need CUDA skip themselves without it
+test-slow: $(STAMP) ## tests that train or sample, and those of the extra [data]; CUDA's skip themselves without it
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data]'
 	$(BIN)/python -m pytest -m "slow or cuda"
+	$(BIN)/python -m pytest tests/data/test_hub.py
 
 quality: $(STAMP) ## lint, format check and types
 	$(BIN)/ruff check .

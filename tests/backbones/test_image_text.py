@@ -65,3 +65,22 @@ def test_the_bundled_pair_prefers_a_pictures_own_caption():
 def test_what_embeds_nothing_is_one_line(tmp_path):
     with pytest.raises(InputError, match="does not load"):
         load_image_text(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        (
+            "\nSiglipTokenizer requires the SentencePiece library but it was not found. Check out the\npage",
+            r"dpt-t2i\[siglip\]",
+        ),
+        ("\nFastTokenizer requires the tiktoken library.\nMore", "requires the tiktoken library.$"),
+    ],
+)
+def test_a_tokenizer_that_needs_a_package_is_one_line(folder, monkeypatch, missing, says):
+    def refuse(_):
+        raise ImportError(missing)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
+    with pytest.raises(InputError, match=says):
+        load_image_text(str(folder), "cpu")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dpt_t2i.config import DataConfig
-from dpt_t2i.data.examples import Examples
+from dpt_t2i.data.examples import Examples, LeftOut
 from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.mdetr import pictures_of, read_mdetr
 from dpt_t2i.data.records import Record
@@ -107,6 +107,18 @@ def test_a_broken_tsv(tmp_path, old, new, says):
         read("hard_negatives", folder, Faults())
     if "row" in says:
         assert len(read("hard_negatives", folder, Faults("skip"))) == 2
+
+
+def test_a_tsv_row_that_is_cut_short_is_no_row_without_negatives(tmp_path):
+    folder = written("hard_negatives", tmp_path, 3)
+    file = folder / "train_hard_neg.tsv"
+    lines = file.read_text().splitlines()
+    columns = lines[0].split("\t")
+    lines[2] = "\t".join(lines[2].split("\t")[: columns.index("title") + 1])
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match="row 1: key 'neg_caption' is missing"):
+        read("hard_negatives", folder, Faults())
+    assert [record.id for record in read("hard_negatives", folder, Faults("skip"))] == ["0", "2"]
 
 
 def test_names_that_are_no_utf8_are_faults_of_their_records(tmp_path):
@@ -242,8 +254,11 @@ def test_a_corrupt_picture_ends_training_or_the_next_is_shown(tmp_path, form, ca
     examples = Examples(records, 32, skip_bad=True)
     items = [examples.item(epoch, bad) for epoch in range(2)]
     assert all(item.record != bad for item in items)
-    said = [line for line in caplog.messages if "left out (1 so far)" in line]
-    assert len(said) == 1, "once"
+    left_out = LeftOut()
+    for item in items:
+        left_out.report(item.skipped)
+    said = [line for line in caplog.messages if "left out (" in line]
+    assert len(said) == 1 and said[0].startswith("left out (1 so far): cannot read image "), "once"
 
 
 def test_a_box_outside_a_picture_of_unknown_size_is_found_when_it_is_opened(tmp_path):

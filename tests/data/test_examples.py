@@ -1,10 +1,10 @@
-from itertools import chain
+from collections.abc import Callable
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader
+from PIL import Image, ImageOps
 
 from dpt_t2i.data.examples import Examples, MicroBatches, Part, View, collate
 from dpt_t2i.data.records import Expression, Negative, Record
@@ -42,24 +42,51 @@ def test_an_epoch_shows_every_record_once_in_its_own_order():
     assert len({tuple(rows) for rows in epochs}) > 1
 
 
-def test_same_examples_on_one_process_or_four_with_or_without_workers():
-    examples = Examples(SceneRecords(length=40), 64, seed=3)
+EPOCH, STEPS = 20, 6  # of batches of eight: two epochs and more
 
-    def captions(batch: int, world: int, workers: int) -> list[str]:
-        ranks = [
-            DataLoader(
-                examples,
-                batch_sampler=MicroBatches(Part(batch, 1, rank, world, 0, 3)),
-                collate_fn=collate,
-                num_workers=workers,
-            )
-            for rank in range(world)
-        ]
-        return list(chain.from_iterable(b.captions for step in zip(*ranks, strict=True) for b in step))
 
-    alone = captions(8, 1, 0)
-    assert captions(2, 4, 0) == alone
-    assert captions(4, 2, 1) == alone
+def shown(world: int, workers: int) -> dict[str, list]:
+    """Field of the batches -> what it is of each example, in the order of all processes' examples."""
+    records = [*SceneRecords(length=EPOCH - 1), record(99)]  # the last has no negative and no expression
+    view = View(center_crop=False, random_flip=True)
+    examples = Examples([*map(widened, records)], 48, seed=3, view=view)
+    ranks = [examples.loader(Part(8 // world, 1, rank, world, 0, STEPS), workers) for rank in range(world)]
+    batches = [batch for step in zip(*ranks, strict=True) for batch in step]
+    names = [f.name for f in fields(batches[0]) if f.name != "skipped"]
+    return {name: [value for batch in batches for value in getattr(batch, name)] for name in names}
+
+
+def widened(shown: Record) -> Record:
+    """The record with pictures twice as wide as high, so that a crop has a choice."""
+
+    def wide(load: Callable[[], Image.Image]) -> Callable[[], Image.Image]:
+        return lambda: ImageOps.pad(load(), (128, 64), centering=(0, 0))
+
+    negative = shown.negative_image and wide(shown.negative_image)
+    return replace(shown, image=wide(shown.image), negative_image=negative)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list]:
+    return shown(1, 0)
+
+
+def test_crops_and_flips_are_among_what_is_compared(alone):
+    assert len(alone["captions"]) == 8 * STEPS and len(set(alone["records"][:EPOCH])) == EPOCH
+    assert {True, False} == {bool(there) for there in alone["has_hard_image"]}
+    row = alone["records"][0]
+    first, again = (alone["images"][place] for place in (0, alone["records"].index(row, 1)))
+    assert not torch.equal(first, again), "each epoch draws anew"
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 8), (4, 0), (4, 8)])
+def test_same_examples_on_one_process_or_four_with_or_without_workers(alone, world, workers):
+    found = shown(world, workers)
+    assert found.keys() == alone.keys()
+    for name, values in found.items():
+        assert len(values) == len(alone[name])
+        for mine, theirs in zip(values, alone[name], strict=True):
+            assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs, name
 
 
 def test_resuming_goes_on_where_it_was():

@@ -54,7 +54,9 @@ def test_training_on_coco_leaves_refcocos_pictures_out_and_says_how_many(tmp_pat
     caplog.set_level(logging.INFO)
     found = open_ids(tmp_path / "coco", "coco", "train", exclude_refs=(refs,))
     assert found == ids(0, 2, 5, 6, 7)
-    assert "3 of 8 records" in caplog.text
+    assert "3 of 8 records" in caplog.text and "nothing is left out" not in caplog.text
+    open_ids(tmp_path / "coco", "coco", "train")
+    assert caplog.text.count("before measuring on those give --exclude_refs") == 1
     assert open_ids(tmp_path / "coco", "coco", "val", exclude_refs=(refs,)) == ids(0, 1), "held-out data may show them"
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dpt_t2i.data.faults import Faults
-from dpt_t2i.data.imagefolder import read_imagefolder
+from dpt_t2i.data.imagefolder import read_imagefolder, read_rows
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.errors import InputError
 from dpt_t2i.scenes.commands import export_scenes
@@ -53,6 +53,16 @@ def test_where_every_line_is_broken_the_first_reason_is_told(tmp_path):
     file.write_bytes(file.read_text().encode("utf-16"))
     with pytest.raises(InputError, match="holds no record: all lines were left out, the first because: .*utf-8"):
         read_imagefolder(file.parent, Faults("skip"))
+
+
+def test_rows_that_are_written_again_must_be_whole(tmp_path):
+    """`perturb` and `mine` have no on_bad to set, so their error does not name it."""
+    export_scenes(tmp_path, n=2, size=16)
+    file = next(tmp_path.rglob("metadata.jsonl"))
+    file.write_text(file.read_text() + "{}\n")
+    with pytest.raises(InputError, match="line 3: key 'file_name' is missing; mend the line, or take it out") as caught:
+        read_rows(file.parent)
+    assert "on_bad" not in str(caught.value)
 
 
 def test_missing_metadata_is_one_clear_line(tmp_path):

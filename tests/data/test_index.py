@@ -1,5 +1,7 @@
 """Packed records are the records, in a block of bytes."""
 
+import pickle
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,12 @@ def test_what_goes_in_comes_out() -> None:
         index[3]
 
 
+@pytest.mark.parametrize("protocol", [pickle.DEFAULT_PROTOCOL, pickle.HIGHEST_PROTOCOL])
+def test_a_loader_process_gets_the_same_records(protocol: int) -> None:
+    index = pickle.loads(pickle.dumps(RecordIndex([FULL, PLAIN]), protocol))
+    assert list(index) == [FULL, PLAIN] and index.nbytes == RecordIndex([FULL, PLAIN]).nbytes
+
+
 def test_slices_and_selections_are_views() -> None:
     index = RecordIndex([Record(str(i), "toy", Path("x"), ("x",)) for i in range(6)])
 
@@ -41,8 +49,12 @@ def test_slices_and_selections_are_views() -> None:
 
 
 def test_a_record_of_coco_takes_less_than_a_kilobyte() -> None:
-    caption = "a man in a red shirt rides a brown horse down the road"  # COCO's mean length is 52 characters
+    captions = tuple(f"a man in a red shirt rides brown horse {n} down the road" for n in range(5))  # COCO: 52 letters
     name = Path("/data/coco/train2017/000000000009.jpg")
-    things = tuple(Expression("the horse", ((4, 9),), ((1.5, 2.5, 3.5, 4.5),)) for _ in range(2))
-    index = RecordIndex(Record(str(i), "coco", name, (caption,) * 5, things, image_id=str(i)) for i in range(1000))
-    assert index.nbytes / 1000 < 1000
+    things = tuple(Expression("the horse", ((4, 9),), ((1.5 + n, 2.5, 3.5, 4.5 + n),)) for n in range(7))
+    count = 10_000
+    tracemalloc.start()
+    index = RecordIndex(Record(str(i), "coco", name, captions, things, image_id=str(i)) for i in range(count))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert index.nbytes / count < 1000 and peak / count < 1000, "nor while they are packed"

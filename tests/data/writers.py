@@ -89,8 +89,8 @@ def write_coco(records: Sequence[Record], folder: Path, split: str = "train") ->
     return folder
 
 
-def write_refcoco(records: Sequence[Record], folder: Path, splits: Sequence[str] = ("train",)) -> Path:
-    """refs(unc).p, instances.json and COCO's captions; picture i belongs to split i modulo their number."""
+def write_refcoco(records: Sequence[Record], folder: Path, splits: Sequence[str] = ("train",), by: str = "unc") -> Path:
+    """refs(BY).p, instances.json and COCO's captions; picture i belongs to split i modulo their number."""
     save_images(records, folder / "train2014")
     write_captions(records, folder / "captions_train2014.json")
     refs, annotations = [], []
@@ -117,7 +117,7 @@ def write_refcoco(records: Sequence[Record], folder: Path, splits: Sequence[str]
         "categories": [{"id": 1, "name": "shape"}],
     }
     write_json(folder / "instances.json", tree)
-    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=0))  # as Python 2 wrote it
+    (folder / f"refs({by}).p").write_bytes(pickle.dumps(refs, protocol=0))  # as Python 2 wrote it
     return folder
 
 

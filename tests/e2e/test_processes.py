@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dpt_t2i.data.cache import KEYS
 from dpt_t2i.data.examples import _order
 from dpt_t2i.scenes.commands import export_scenes
 from tests.e2e.launching import CPU, TINY, dpt, error_lines, files_of, launch, launch_all
@@ -162,3 +164,31 @@ def test_two_processes_measure_what_one_measures(made: Path, file: str) -> None:
     assert len(want) == 5
     for mine, theirs in zip(want, got, strict=True):
         assert_alike(mine, theirs, abs=1e-4)
+
+
+def rows_by_key(folder: Path) -> dict[bytes, dict[str, torch.Tensor]]:
+    """Every row of a cache; that none is there twice is checked for pictures."""
+    found: dict[bytes, dict[str, torch.Tensor]] = {}
+    for file in folder.rglob("*.safetensors"):
+        columns = load_file(file)
+        keys = [key.numpy().tobytes() for key in columns.pop(KEYS)]
+        assert not file.parent.name.startswith("latents") or not found.keys() & set(keys), "encoded twice"
+        found |= {key: {name: part[row] for name, part in columns.items()} for row, key in enumerate(keys)}
+    return found
+
+
+def test_two_processes_fill_the_cache_that_one_fills(base: str, tmp_path: Path) -> None:
+    export_scenes(tmp_path / "data", n=26, seed=2, size=40)
+    common = ["--pretrained_model_name_or_path", base, *CPU, "--dataset", tmp_path / "data", "--val_samples", "2"]
+    common += ["--resolution", "32", "--random_flip", "--block_size", "2", "--cache_dtype", "float32", "--cache_dir"]
+    dpt("data", "cache", *common, tmp_path / "one")
+    done = launch("data", "cache", *common, tmp_path / "two", "--json", processes=2)
+    want, got = rows_by_key(tmp_path / "one"), rows_by_key(tmp_path / "two")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two") and want.keys() == got.keys()
+    for key, row in want.items():
+        torch.testing.assert_close(got[key], row, rtol=1e-4, atol=1e-5)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    told = json.loads(line)
+    assert told["records"] == 24 and told["images"] + told["texts"] == len(want)
+    assert len(told["by_process"]) == 2 and all(images for images, _ in told["by_process"]), "both took blocks"
+    assert told["images_encoded"] == told["images"] > 2 * 24, "each picture once"

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from dpt_t2i.config import DataConfig, TrainConfig
 from dpt_t2i.data.examples import Batch, Examples
+from dpt_t2i.data.records import Record
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.training.checkpoint import checkpoints
@@ -270,6 +272,24 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, accelerator):
     for (_, mine, _), (_, theirs, _) in zip(model.seen, straight.seen[2:], strict=True):
         assert torch.equal(mine.noise, theirs.noise) and torch.equal(mine.timesteps, theirs.timesteps)
     assert [step for step, _ in checkpoints(tmp_path / "broken")] == [3, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_broken_picture_is_told_once_and_counted(tmp_path, accelerator, caplog, workers):
+    for number in range(6):
+        Image.new("L", (16, 16), 40 * number).save(tmp_path / f"{number}.png")
+    broken = [tmp_path / "1.png", tmp_path / "4.png"]
+    for file in broken:
+        file.write_bytes(b"x")
+    records = [Record(str(n), "toy", tmp_path / f"{n}.png", (f"picture {n}",)) for n in range(6)]
+    given = job(tmp_path / "run", max_train_steps=12, train_batch_size=3)  # six epochs
+    data = DataConfig(dataloader_num_workers=workers)
+    train(fed(given, examples=Examples(records, 16, skip_bad=True), data=data), accelerator)
+    said = [line for line in caplog.messages if "left out (" in line]
+    assert [line[:22] for line in said] == ["left out (1 so far): c", "left out (2 so far): c"]
+    assert all(sum(str(file) in line for line in said) == 1 for file in broken)
+    total = "2 broken records or pictures were left out of this run"
+    assert caplog.messages.count(total) == 1 and not any("left out of this run" in line for line in said)
 
 
 def test_a_refresh_sees_the_step_and_its_batch_is_used(tmp_path, accelerator):

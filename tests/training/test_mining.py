@@ -73,3 +73,12 @@ def test_one_record_is_not_enough(tmp_path):
     export_scenes(tmp_path, n=1)
     with pytest.raises(InputError, match="one record"):
         run_mine(MineConfig(dataset=tmp_path, device="cpu"))
+
+
+def test_a_broken_line_ends_it_without_naming_an_option_that_it_lacks(tmp_path):
+    export_scenes(tmp_path, n=2)
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(InputError, match="line 3: key 'file_name' is missing; mend the line") as caught:
+        run_mine(MineConfig(dataset=tmp_path, device="cpu"))
+    assert "on_bad" not in str(caught.value)

@@ -1,6 +1,7 @@
 """Which rows the model's own samples replace, and with what. A painter samples: prompt n gives shade 100 + n."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +100,14 @@ def test_rows_that_are_not_chosen_stay_as_they_were(painter):
         assert torch.equal(after.images[row], before.images[row])
         assert torch.equal(after.random_images[row], before.random_images[row])
     assert before.has_hard_image.sum() == 0, "the batch that came in is not written to"
+
+
+def test_what_was_left_out_is_told_whichever_rows_are_exchanged(painter):
+    batch = replace(batch_of(range(2)), skipped=("of the batch",))
+    made = policy(1.0)
+    made._pool, made._round = [replace(made.examples[0], skipped=("of the pool",))], 0
+    assert made(0, batch).skipped == ("of the batch", "of the pool", "of the pool")
+    assert policy(0.01, seed=3)(0, batch).skipped == ("of the batch",)
 
 
 def test_the_choice_does_not_depend_on_how_the_batch_is_cut(painter):

@@ -78,8 +78,12 @@ def _from_transformers(name: str, device: torch.device) -> ImageTextEncoder:
     try:
         model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
         processor, tokenizer = AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"encoder `{name}` does not load: {str(error).strip().splitlines()[0]}") from error
+    except ImportError as error:
+        sentencepiece = any(part in str(error).lower() for part in ("sentencepiece", "protobuf"))  # the first SigLIP's
+        mend = 'its tokenizer needs pip install "dpt-t2i[siglip]"' if sentencepiece else _first_line(error)
+        raise InputError(f"encoder `{name}` does not load: {mend}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"encoder `{name}` does not load: {_first_line(error)}") from error
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise InputError(f"encoder `{name}` does not embed images and texts; give a CLIP or SigLIP folder or hub id")
     limit = model.config.text_config.max_position_embeddings
@@ -99,6 +103,10 @@ def _from_transformers(name: str, device: torch.device) -> ImageTextEncoder:
     return ImageTextEncoder(
         name, {"text_encoder": hashes["text_model"], "image_encoder": hashes["vision_model"]}, images, texts
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _pooled(output: Any) -> Tensor:

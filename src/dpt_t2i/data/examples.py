@@ -7,8 +7,8 @@ four, with any number of loader workers, shows the same examples.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ class Item:
     expression: Expression | None  # None: nothing to ground
     boxes: Tensor  # [n, 4] cxcywh in [0, 1], of the expression; n = 0 without one
     record: int  # row of the source
+    skipped: tuple[str, ...] = ()  # what is wrong with the records in whose place it stands
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Batch:
     spans: tuple[tuple[tuple[int, int], ...], ...]  # B x n_i character ranges of the expression, one a box
     boxes: tuple[Tensor, ...]  # B tensors [n_i, 4] cxcywh in [0, 1]
     records: tuple[int, ...]  # rows of the source
+    skipped: tuple[str, ...] = ()  # what is wrong with records that were left out
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -147,27 +149,34 @@ class View:
 VIEW = View()
 
 
-class StandIns:
-    """Shows the next record in place of one that cannot be read or whose box is outside its image, and says it once."""
+class LeftOut:
+    """Says once what was left out, and counts it. Loader workers send it along with their examples."""
 
     def __init__(self) -> None:
-        self._said: set[str] = set()  # of this process's records
+        self.said: dict[str, None] = {}  # in this order
 
-    def __call__(self, make: Callable[[int], Item], row: int, count: int) -> Item:
-        """`make(row)`, or of the next row in a circle of `count` that is sound; raises `InputError` if none is."""
-        for step in range(count):
-            try:
-                return make((row + step) % count)
-            except InputError as error:
-                if step == count - 1:
-                    raise
-                self._say(str(error))
-        raise AssertionError("there are records")
+    def report(self, messages: Iterable[str]) -> None:
+        for message in messages:
+            if message not in self.said:
+                self.said[message] = None
+                log.warning("left out (%d so far): %s", len(self.said), message)
 
-    def _say(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            log.warning("left out (%d so far): %s", len(self._said), message)
+
+def stand_in(make: Callable[[int], Item], row: int, count: int) -> Item:
+    """`make(row)`, or of the next row in a circle of `count` that can be read and whose boxes are inside its image.
+
+    Raises:
+        InputError: there is none.
+    """
+    skipped: list[str] = []
+    for step in range(count):
+        try:
+            return replace(make((row + step) % count), skipped=tuple(skipped))
+        except InputError as error:
+            if step == count - 1:
+                raise
+            skipped.append(str(error))
+    raise AssertionError("there are records")
 
 
 class Examples(Dataset[Item]):
@@ -193,7 +202,7 @@ class Examples(Dataset[Item]):
             raise ValueError("at least two records are needed: each is the other's random negative")
         self.records, self.resolution, self.seed, self.view = records, resolution, seed, view
         self.buckets = buckets
-        self._stand_in = StandIns() if skip_bad else None
+        self.skip_bad = skip_bad
 
     def __getitem__(self, position: int) -> Item:
         epoch, place = divmod(position, len(self.records if self.buckets is None else self.buckets))
@@ -209,7 +218,7 @@ class Examples(Dataset[Item]):
         """
         size = (self.resolution, self.resolution) if self.buckets is None else self.buckets.size(row)
         make = partial(self._item, epoch, size)
-        return make(row) if self._stand_in is None else self._stand_in(make, row, len(self.records))
+        return stand_in(make, row, len(self.records)) if self.skip_bad else make(row)
 
     def loader(self, part: Part, workers: int) -> DataLoader[Batch]:
         """A rank's batches, from its first step on."""
@@ -304,6 +313,7 @@ def collate(items: Sequence[Item]) -> Batch:
         spans=tuple(item.expression.spans if item.expression else () for item in items),
         boxes=tuple(item.boxes for item in items),
         records=tuple(item.record for item in items),
+        skipped=tuple(message for item in items for message in item.skipped),
     )
 
 

@@ -31,10 +31,15 @@ class Faults:
 
     Args:
         on_bad: `error` raises at the first fault, `skip` leaves what is broken out and counts it.
+        advice: what the error ends with, for readers whose user has no `on_bad` to set.
     """
 
-    def __init__(self, on_bad: Literal["error", "skip"] = "error") -> None:
-        self.on_bad = on_bad
+    def __init__(
+        self,
+        on_bad: Literal["error", "skip"] = "error",
+        advice: str = "mend it, or leave such records out with on_bad: skip",
+    ) -> None:
+        self.on_bad, self.advice = on_bad, advice
         self.found: list[Fault] = []
         self._seen: set[Fault] = set()
 
@@ -45,7 +50,7 @@ class Faults:
             InputError: `on_bad` is `error`.
         """
         if self.on_bad == "error":
-            raise InputError(f"{where}: {reason}; mend it, or leave such records out with on_bad: skip")
+            raise InputError(f"{where}: {reason}; {self.advice}")
         fault = Fault(where, reason)
         if fault in self._seen:
             return

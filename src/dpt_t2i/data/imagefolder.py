@@ -47,7 +47,7 @@ def each_record(folder: Path, faults: Faults | None = None) -> Iterator[Record]:
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The metadata's lines, one a record of `read_imagefolder`, whose errors they share; each with its `captions`."""
-    records = read_imagefolder(folder)
+    records = read_imagefolder(folder, Faults(advice="mend the line, or take it out: all are written again"))
     rows = (json.loads(line) for _, line in read_lines(Path(folder) / METADATA))
     return [row | {"captions": list(record.captions)} for row, record in zip(rows, records, strict=True)]
 

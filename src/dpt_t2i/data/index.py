@@ -19,11 +19,10 @@ class RecordIndex(Sequence[Record]):
 
     def __init__(self, records: Iterable[Record]) -> None:
         self._sources: list[ImageSource] = []
-        block, ends = bytearray(), array("Q", [0])
+        self._block, self._ends = bytearray(), array("Q", [0])
         for record in records:
-            block += marshal.dumps(self._pack(record))
-            ends.append(len(block))
-        self._block, self._ends = bytes(block), ends
+            self._block += marshal.dumps(self._pack(record))
+            self._ends.append(len(self._block))
 
     def __len__(self) -> int:
         return len(self._ends) - 1

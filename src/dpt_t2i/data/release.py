@@ -81,7 +81,8 @@ def _tsv_rows(path: Path, faults: Faults) -> Iterator[tuple[str, str, Mapping[st
                     f"{path} lacks the columns {', '.join(missing)}; the release's has {', '.join(COLUMNS)}"
                 )
             for number, row in enumerate(reader):
-                yield f"{path}, row {number}", str(number), row
+                # A row that is cut short lacks its last columns, which is not the same as empty ones.
+                yield f"{path}, row {number}", str(number), {k: v for k, v in row.items() if v is not None}
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except csv.Error as error:

@@ -20,7 +20,7 @@ from typing import IO, Any
 from urllib.parse import urlparse
 from urllib.request import urlopen
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dpt_t2i.data.faults import Faults, sound
 from dpt_t2i.data.fields import table
@@ -83,6 +83,8 @@ def decode(data: bytes, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError as error:  # whose own words name an address in memory, another each time
+        raise InputError(f"cannot read image {name}: cannot identify its format; replace or remove it") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read image {name}: {error}; replace or remove it") from error
 

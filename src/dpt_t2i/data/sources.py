@@ -172,6 +172,11 @@ def _without_held_out(config: DataConfig, records: Sequence[Record]) -> Sequence
     own = annotation_files(config, form, config.train_split, False) if form == "refcoco" else ()
     excluded = excluded_pictures(config, own)
     if not excluded:
+        if form in ("coco", "hard_negatives") and any(record.image_id for record in records[:1]):
+            log.warning(
+                "nothing is left out of training: COCO's train2014 holds the pictures of RefCOCO's validation and "
+                "test; before measuring on those give --exclude_refs 'refs(unc).p' (and umd, google)"
+            )
         return records
     kept = _keep(records, lambda record: record.image_id not in excluded)
     left = RecordIndex(without_images(record, excluded) for record in kept)

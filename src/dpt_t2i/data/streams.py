@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dpt_t2i.config import TrainDataConfig
-from dpt_t2i.data.examples import Batch, Item, Part, StandIns, View, collate
+from dpt_t2i.data.examples import Batch, Item, Part, View, collate, stand_in
 from dpt_t2i.data.excluded import excluded_pictures, without_images
 from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.layouts import streamed_shards
@@ -81,7 +81,7 @@ class ShardStream:
         Raises:
             InputError: with `on_bad: error` anything that is broken; in any case where a pass shows nothing.
         """
-        faults, stand_in, shown = Faults(self.on_bad), StandIns(), 0
+        faults, shown = Faults(self.on_bad), 0
         for turn in count():
             before, rng = shown, np.random.default_rng([self.seed, turn, stream])
             for pool, place in shuffled(self._records(turn, stream, streams, faults), self.buffer, rng):

@@ -7,6 +7,7 @@ same training comes out after a stop, and (but for dropout's masks) on one proce
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,8 @@ from dpt_t2i.training.windows import Feed, Window, mix, windows
 
 LOG_EVERY = 10
 MAX_SKIPPED = 20  # steps in a row without a finite loss: then nothing is being learned
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
         run.look()
         for step, window in enumerate(windows(job.feed, accelerator, run.step), start=run.step):
             run.take(step, window, signals)
+    _tell_left_out(job.feed, accelerator)
     return run.metrics.held_out.get(run.step, {})
 
 
@@ -199,6 +203,13 @@ class _Run:
                 f"step {self.step}{many}: {outcome.fault}; lower learning_rate or mend the data; the last checkpoint "
                 f"in {self.job.output_dir} is intact"
             )
+
+
+def _tell_left_out(feed: Feed, accelerator: Accelerator) -> None:
+    """How many faults all processes met, each counted once."""
+    total = len(set(gather_object(list(feed.left_out.said))))
+    if total and accelerator.is_main_process:
+        log.warning("%d broken records or pictures were left out of this run", total)
 
 
 def _sharded_base(job: Job, accelerator: Accelerator) -> ShardedBase | None:

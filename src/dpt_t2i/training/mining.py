@@ -23,7 +23,7 @@ def run_mine(config: MineConfig) -> dict[str, Any]:
         InputError: no such folder or encoder, fewer than two records, or a picture that cannot be read.
     """
     state = processes(config.device)
-    records, rows = read_imagefolder(config.dataset), read_rows(config.dataset)
+    rows, records = read_rows(config.dataset), read_imagefolder(config.dataset)
     if len(records) < 2:
         raise InputError(f"{config.dataset} has one record; negatives are mined among several")
     encoder = load_image_text(config.encoder, config.device)

@@ -136,4 +136,5 @@ def _replace_rows(batch: Batch, items: dict[int, Item]) -> Batch:
         spans=pick(batch.spans, new.spans),
         boxes=pick(batch.boxes, new.boxes),
         records=pick(batch.records, new.records),
+        skipped=batch.skipped + new.skipped,
     )

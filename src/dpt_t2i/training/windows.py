@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from dpt_t2i.config import DataConfig, TrainConfig
-from dpt_t2i.data.examples import Batch, Examples, Part
+from dpt_t2i.data.examples import Batch, Examples, LeftOut, Part
 from dpt_t2i.data.streams import ShardStream
 from dpt_t2i.errors import InputError
 from dpt_t2i.training.encode import Encoded, Encoder
@@ -30,6 +30,7 @@ class Feed:
     caption_dropout: float
     seed: int
     refresh: Callable[[int, Batch], Batch] | None = None  # may replace examples of a batch (on-policy negatives)
+    left_out: LeftOut = field(default_factory=LeftOut)  # what this process met
 
 
 def windows(feed: Feed, accelerator: Accelerator, first: int) -> Iterator[Window]:
@@ -43,7 +44,9 @@ def windows(feed: Feed, accelerator: Accelerator, first: int) -> Iterator[Window
         parts: list[Draw] = []
         for micro in range(accumulation):
             batch = _next(stream)
-            encoded = feed.encoder(batch if feed.refresh is None else feed.refresh(step, batch))
+            batch = batch if feed.refresh is None else feed.refresh(step, batch)
+            feed.left_out.report(batch.skipped)
+            encoded = feed.encoder(batch)
             parts = parts or draws(feed, step, accumulation * world, len(encoded), encoded.latents)
             window.append((encoded, parts[micro * world + rank]))
         yield window
