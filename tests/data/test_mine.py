@@ -35,6 +35,24 @@ def test_chunks_find_what_the_whole_matrix_holds(chunk):
     assert left_out > 23, "else the duplicates are not put to the test"
 
 
+def test_a_stopped_search_goes_on(tmp_path, monkeypatch):
+    images, texts = vectors(10, 1), vectors(10, 2)
+    whole = list(nearest(images, texts, 3, 0.6, 4))
+    first = nearest(images, texts, 3, 0.6, 4, tmp_path)
+    assert [next(first) for _ in range(5)] == whole[:5]  # stopped inside the second of three chunks
+    searched, search = [], mine._nearest_of
+
+    def watched(q, *rest):
+        searched.append(q.tolist())
+        return search(q, *rest)
+
+    monkeypatch.setattr(mine, "_nearest_of", watched)
+    assert list(nearest(images, texts, 3, 0.6, 4, tmp_path)) == whole and searched == [[8, 9]]
+    assert list(nearest(images, texts, 3, 0.6, 4, tmp_path)) == whole and len(searched) == 1
+    other = list(nearest(images, vectors(10, 3), 3, 0.6, 4, tmp_path))
+    assert other != whole and len(searched) == 4, "what was found for other captions is not this"
+
+
 def test_duplicates_of_either_side_are_no_negatives():
     images = torch.eye(4)
     texts = torch.eye(4)

@@ -224,7 +224,7 @@ class MineConfig(Section):
     )
     encode_batch_size: Positive = Field(32, description="images or texts in one pass: memory only")
     output_dir: Path = Field(
-        Path("runs/mine"), description="folder of the embeddings, from which a stopped run goes on"
+        Path("runs/mine"), description="folder of embeddings and finds, from which a stopped run goes on"
     )
 
 

@@ -77,27 +77,52 @@ def embed(
     return torch.cat([block["image"] for block in blocks]), torch.cat([block["text"] for block in blocks])
 
 
-def nearest(images: Tensor, texts: Tensor, top_k: int, duplicate: float, chunk: int = CHUNK) -> Iterator[Near]:
+def nearest(
+    images: Tensor, texts: Tensor, top_k: int, duplicate: float, chunk: int = CHUNK, root: Path | None = None
+) -> Iterator[Near]:
     """For each of N records its hardest negatives, fewer than `top_k` where there are no more.
 
     Args:
         images, texts: unit vectors `[N, D]` of the records' images and captions, on the device that compares them.
         duplicate: cosine between two images, or two captions, above which they are taken for the same: such a record
             is no negative, since its caption may be true.
+        root: folder that keeps what was found for each `chunk` of records, from which a stopped search goes on.
     """
+    kept = None if root is None else root / "nearest" / _search_name(images, texts, top_k, duplicate)
+    for q in torch.arange(len(images), device=images.device).split(chunk):
+        file = None if kept is None else kept / f"{int(q[0])}-{len(q)}.json"
+        if file is not None and file.is_file():
+            yield from (Near(*(tuple(map(tuple, side)) for side in row)) for row in json.loads(file.read_text()))
+            continue
+        found = _nearest_of(q, images, texts, top_k, duplicate, chunk)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(".partial")
+            unfinished.write_text(json.dumps([(near.captions, near.images) for near in found]))
+            unfinished.replace(file)
+        yield from found
+
+
+def _nearest_of(q: Tensor, images: Tensor, texts: Tensor, top_k: int, duplicate: float, chunk: int) -> list[Near]:
     numbers = torch.arange(len(images), device=images.device)
-    for q in numbers.split(chunk):
-        best = {side: (images.new_empty(len(q), 0), numbers.new_empty(len(q), 0)) for side in ("captions", "images")}
-        for c in numbers.split(chunk):
-            same = (images[q] @ images[c].T > duplicate) | (texts[q] @ texts[c].T > duplicate) | (q[:, None] == c)
-            for side, (asked, offered) in {"captions": (images, texts), "images": (texts, images)}.items():
-                found = (asked[q] @ offered[c].T).masked_fill(same, -torch.inf)
-                values = torch.cat([best[side][0], found], dim=1)
-                rows = torch.cat([best[side][1], c.expand(len(q), -1)], dim=1)
-                values, places = values.topk(min(top_k, values.shape[1]), dim=1)
-                best[side] = values, rows.gather(1, places)
-        for row in range(len(q)):
-            yield Near(*(_pairs(*(part[row] for part in best[side])) for side in ("captions", "images")))
+    best = {side: (images.new_empty(len(q), 0), numbers.new_empty(len(q), 0)) for side in ("captions", "images")}
+    for c in numbers.split(chunk):
+        same = (images[q] @ images[c].T > duplicate) | (texts[q] @ texts[c].T > duplicate) | (q[:, None] == c)
+        for side, (asked, offered) in {"captions": (images, texts), "images": (texts, images)}.items():
+            found = (asked[q] @ offered[c].T).masked_fill(same, -torch.inf)
+            values = torch.cat([best[side][0], found], dim=1)
+            rows = torch.cat([best[side][1], c.expand(len(q), -1)], dim=1)
+            values, places = values.topk(min(top_k, values.shape[1]), dim=1)
+            best[side] = values, rows.gather(1, places)
+    return [
+        Near(*(_pairs(*(part[row] for part in best[side])) for side in ("captions", "images"))) for row in range(len(q))
+    ]
+
+
+def _search_name(images: Tensor, texts: Tensor, top_k: int, duplicate: float) -> str:
+    """Of all that decides what is found."""
+    vectors = (part.cpu().contiguous().numpy().tobytes() for part in (images, texts))
+    return content_key(repr((top_k, duplicate)).encode(), *vectors).hex()[:32]
 
 
 def add_mined(rows: Sequence[Mapping[str, Any]], found: Sequence[Near]) -> list[dict[str, Any]]:

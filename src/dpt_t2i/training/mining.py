@@ -33,7 +33,8 @@ def run_mine(config: MineConfig) -> dict[str, Any]:
     if not state.is_main_process:
         return {}
     place = resolve_device(config.device)
-    found = list(nearest(images.to(place), texts.to(place), config.top_k, config.duplicate_cosine))
+    vectors = images.to(place), texts.to(place)
+    found = list(nearest(*vectors, config.top_k, config.duplicate_cosine, root=config.output_dir))
     settings = {"top_k": config.top_k, "duplicate_cosine": config.duplicate_cosine, "records": len(records)}
     write_mined(config.dataset, encoder, settings, rows, found)
     mined = add_mined(rows, found)
