@@ -1,4 +1,4 @@
-"""The README's picture: the same prompts and seeds, base, tuned, with self-correction, and the best of four seeds.
+"""The README's picture: the same prompts and seeds, base and tuned, with self-correction, and the best of four seeds.
 
 python examples/before_after.py docs/images/before_after.png
 """
@@ -21,12 +21,15 @@ output = Path(sys.argv[1] if len(sys.argv) > 1 else "before_after.png")
 prompts = [numbered.prompt for numbered in open_suite("dev", 24)][::4][:PROMPTS]
 texts = [p.text for p in prompts]
 sampling = {"seeds": 0, "own_noise": True, "steps": 30, "guidance_scale": 2.5, "eta": 1}
-correction = {"correct": 0.02, "correction_rule": "relative", "correction_end": 0.5}
+correction = {"correction_rule": "relative", "correction_end": 0.5}
+base, tuned = dpt_t2i.load(lora="none"), dpt_t2i.load()
+corrected = sampling | correction | {"correct": 0.04}
 rows = {
-    "base": dpt_t2i.load(lora="none").generate(texts, **sampling),
-    "DPT": dpt_t2i.load().generate(texts, **sampling),
-    "DPT + correction": dpt_t2i.load().generate(texts, **sampling, **correction),
-    "DPT, best of 4": dpt_t2i.load().generate(texts, **sampling, best_of=4),
+    "base": base.generate(texts, **sampling),
+    "base + correction": base.generate(texts, **corrected),
+    "that, best of 4": base.generate(texts, **corrected, best_of=4),
+    "DPT": tuned.generate(texts, **sampling),
+    "DPT + correction": tuned.generate(texts, **sampling, **correction, correct=0.02),
 }
 sheet = Image.new("RGB", (SIDE * len(prompts), (SIDE + TEXT) * len(rows) + HEAD), "white")
 draw = ImageDraw.Draw(sheet)
