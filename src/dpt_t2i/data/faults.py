@@ -32,14 +32,16 @@ class Faults:
     Args:
         on_bad: `error` raises at the first fault, `skip` leaves what is broken out and counts it.
         advice: what the error ends with, for readers whose user has no `on_bad` to set.
+        quiet: somebody else says what is in `found`.
     """
 
     def __init__(
         self,
         on_bad: Literal["error", "skip"] = "error",
         advice: str = "mend it, or leave such records out with on_bad: skip",
+        quiet: bool = False,
     ) -> None:
-        self.on_bad, self.advice = on_bad, advice
+        self.on_bad, self.advice, self.quiet = on_bad, advice, quiet
         self.found: list[Fault] = []
         self._seen: set[Fault] = set()
 
@@ -56,7 +58,7 @@ class Faults:
             return
         self._seen.add(fault)
         self.found.append(fault)
-        if len(self.found) <= SHOWN:
+        if len(self.found) <= SHOWN and not self.quiet:
             log.warning("left out: %s: %s", where, reason)
 
     def attempt(self, where: str, make: Callable[..., Found], *arguments: Any) -> Found | None:

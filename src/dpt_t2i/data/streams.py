@@ -78,19 +78,24 @@ class ShardStream:
     def items(self, stream: int, streams: int, skip: int = 0) -> Iterator[Item]:
         """Examples of one of the streams, without an end; the first `skip` are passed by, undecoded.
 
+        What is broken on the way to an example goes along with it (`Item.skipped`): a loader worker does not speak.
+
         Raises:
             InputError: with `on_bad: error` anything that is broken; in any case where a pass shows nothing.
         """
-        faults, shown = Faults(self.on_bad), 0
+        faults, shown, told = Faults(self.on_bad, quiet=True), 0, 0
         for turn in count():
             before, rng = shown, np.random.default_rng([self.seed, turn, stream])
             for pool, place in shuffled(self._records(turn, stream, streams, faults), self.buffer, rng):
                 if shown >= skip:
                     make = partial(self._item, pool, shown * streams + stream)
-                    yield stand_in(make, place, len(pool)) if self.on_bad == "skip" else make(place)
+                    item = stand_in(make, place, len(pool)) if self.on_bad == "skip" else make(place)
+                    broken, told = faults.found[told:], len(faults.found)
+                    yield replace(item, skipped=(*(f"{f.where}: {f.reason}" for f in broken), *item.skipped))
                 shown += 1
             if shown == before:
-                raise InputError(f"no whole record in the shards of stream {stream} of {streams}; give others")
+                why = "".join(f" (the first fault: {f.where}: {f.reason})" for f in faults.found[:1])
+                raise InputError(f"no whole record in the shards of stream {stream} of {streams}{why}; give others")
 
     def _item(self, pool: Sequence[Record], number: int, row: int) -> Item:
         rng = np.random.default_rng([self.seed, number, row])
