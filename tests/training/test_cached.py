@@ -149,7 +149,7 @@ def test_a_broken_picture_is_one_line_or_left_out_and_counted(data, run, folder,
     with pytest.raises(InputError, match=broken.name):
         run(data)
     found = run(data.model_copy(update={"on_bad": "skip"}), block_size=2)
-    assert found["left_out"] == 1 and "1 records with a broken picture were left out" in found["summary"]
+    assert found["left_out"] == 1 and "left out for a broken picture or box: 1" in found["summary"]
     assert found["images_encoded"] > 0 and caplog.text.count("left out: ") == 1 and broken.name in caplog.text
 
 

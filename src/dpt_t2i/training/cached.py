@@ -145,7 +145,7 @@ def _summary(
     cached.text.refresh()
     images, texts = (sum(column) for column in zip(*rows, strict=True))
     line = f"{records} records: {images} images and {texts} texts encoded; the cache has {len(cached.latents)} and "
-    broken = [f"{left_out} records with a broken picture were left out"] if left_out else []
+    broken = [f"left out for a broken picture or box: {left_out}"] if left_out else []
     return {
         "records": records,
         "left_out": left_out,

@@ -40,6 +40,8 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     discriminative = config.objective == "dpt"
     if discriminative and config.model.adapter in (None, "none"):
         raise InputError("`dpt tune` starts from stage 1: give --adapter RUN/adapter of a `dpt probe` run")
+    if not discriminative and config.distill.distill_coef > 0:
+        raise InputError("the control learns from denoising alone; leave out distill_coef, or set objective to dpt")
     setup = set_up(config)
     _put_lora(config, setup)
     cut = _cut_of(config, setup)
