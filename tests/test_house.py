@@ -53,7 +53,7 @@ def test_the_changelog_knows_the_version() -> None:
 def test_every_dependency_is_pinned_for_the_tests() -> None:
     pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text().lower(), re.MULTILINE))
     extras = PACKAGE["optional-dependencies"]
-    wanted = [*PACKAGE["dependencies"], *extras["dev"], *extras["data"]]
+    wanted = [*PACKAGE["dependencies"], *extras["dev"], *extras["data"], *extras["faiss"]]
     names = {re.split(r"[<>=]", line)[0].lower() for line in wanted}
     assert names <= pinned
     assert "torch==2.13.0\n" in (ROOT / "constraints.txt").read_text()  # no local part: any index has this wheel

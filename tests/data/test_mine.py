@@ -40,13 +40,13 @@ def test_a_stopped_search_goes_on(tmp_path, monkeypatch):
     whole = list(nearest(images, texts, 3, 0.6, 4))
     first = nearest(images, texts, 3, 0.6, 4, tmp_path)
     assert [next(first) for _ in range(5)] == whole[:5]  # stopped inside the second of three chunks
-    searched, search = [], mine._nearest_of
+    searched, search = [], mine.nearest_of
 
     def watched(q, *rest):
         searched.append(q.tolist())
         return search(q, *rest)
 
-    monkeypatch.setattr(mine, "_nearest_of", watched)
+    monkeypatch.setattr(mine, "nearest_of", watched)
     assert list(nearest(images, texts, 3, 0.6, 4, tmp_path)) == whole and searched == [[8, 9]]
     assert list(nearest(images, texts, 3, 0.6, 4, tmp_path)) == whole and len(searched) == 1
     other = list(nearest(images, vectors(10, 3), 3, 0.6, 4, tmp_path))

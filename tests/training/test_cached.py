@@ -97,6 +97,12 @@ def test_again_only_what_changed_is_encoded(data, run, folder):
     assert run(data, block_size=3)["images_encoded"] == 0  # other blocks, the same content
 
 
+def test_each_text_is_encoded_once_though_no_process_knows_of_the_others(data, run, monkeypatch):
+    monkeypatch.setattr(module.Cache, "__contains__", lambda *_: False)  # as if all blocks were begun at one moment
+    found = run(data, block_size=2)
+    assert found["texts_encoded"] == found["texts"] > 6
+
+
 def test_other_weights_find_nothing(backbone, data, run):
     run(data)
     other = tiny_backbone(seed=1)

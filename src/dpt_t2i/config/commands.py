@@ -222,6 +222,11 @@ class MineConfig(Section):
     duplicate_cosine: float = Field(
         0.95, gt=0, le=1, description="two images, or two captions, above it are the same thing, and no negatives"
     )
+    search: Literal["auto", "exact", "faiss"] = Field(
+        "auto",
+        description="compare all pairs, or those that an index of faiss (extra `faiss`) proposes; auto = exact below "
+        "200,000 records or without faiss",
+    )
     encode_batch_size: Positive = Field(32, description="images or texts in one pass: memory only")
     output_dir: Path = Field(
         Path("runs/mine"), description="folder of embeddings and finds, from which a stopped run goes on"

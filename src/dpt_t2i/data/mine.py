@@ -88,13 +88,33 @@ def nearest(
             is no negative, since its caption may be true.
         root: folder that keeps what was found for each `chunk` of records, from which a stopped search goes on.
     """
-    kept = None if root is None else root / "nearest" / _search_name(images, texts, top_k, duplicate)
+
+    def find(q: Tensor) -> list[Near]:
+        return nearest_of(q, images, texts, top_k, duplicate, chunk)
+
+    yield from chunk_by_chunk(find, images, texts, (top_k, duplicate), chunk, root)
+
+
+def chunk_by_chunk(
+    find: Callable[[Tensor], list[Near]],
+    images: Tensor,
+    texts: Tensor,
+    settings: tuple[Any, ...],
+    chunk: int,
+    root: Path | None,
+) -> Iterator[Near]:
+    """What `find` gives for the rows `[Q]` of each chunk of records; from `root` where it was found before.
+
+    Args:
+        settings: all that decides what is found, beside the vectors.
+    """
+    kept = None if root is None else root / "nearest" / _search_name(images, texts, settings)
     for q in torch.arange(len(images), device=images.device).split(chunk):
         file = None if kept is None else kept / f"{int(q[0])}-{len(q)}.json"
         if file is not None and file.is_file():
             yield from (Near(*(tuple(map(tuple, side)) for side in row)) for row in json.loads(file.read_text()))
             continue
-        found = _nearest_of(q, images, texts, top_k, duplicate, chunk)
+        found = find(q)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_suffix(".partial")
@@ -103,7 +123,10 @@ def nearest(
         yield from found
 
 
-def _nearest_of(q: Tensor, images: Tensor, texts: Tensor, top_k: int, duplicate: float, chunk: int) -> list[Near]:
+def nearest_of(
+    q: Tensor, images: Tensor, texts: Tensor, top_k: int, duplicate: float, chunk: int = CHUNK
+) -> list[Near]:
+    """`nearest` of the rows `q` `[Q]`, compared with all."""
     numbers = torch.arange(len(images), device=images.device)
     best = {side: (images.new_empty(len(q), 0), numbers.new_empty(len(q), 0)) for side in ("captions", "images")}
     for c in numbers.split(chunk):
@@ -115,14 +138,19 @@ def _nearest_of(q: Tensor, images: Tensor, texts: Tensor, top_k: int, duplicate:
             values, places = values.topk(min(top_k, values.shape[1]), dim=1)
             best[side] = values, rows.gather(1, places)
     return [
-        Near(*(_pairs(*(part[row] for part in best[side])) for side in ("captions", "images"))) for row in range(len(q))
+        Near(*(pairs(*(part[row] for part in best[side])) for side in ("captions", "images"))) for row in range(len(q))
     ]
 
 
-def _search_name(images: Tensor, texts: Tensor, top_k: int, duplicate: float) -> str:
-    """Of all that decides what is found."""
+def pairs(values: Tensor, rows: Tensor) -> tuple[tuple[int, float], ...]:
+    """One side of `Near`, of cosines `[K]` and the rows `[K]` that have them; -inf is left out."""
+    found = zip(rows.tolist(), values.tolist(), strict=True)
+    return tuple((row, round(value, 4)) for row, value in found if value > -torch.inf)
+
+
+def _search_name(images: Tensor, texts: Tensor, settings: tuple[Any, ...]) -> str:
     vectors = (part.cpu().contiguous().numpy().tobytes() for part in (images, texts))
-    return content_key(repr((top_k, duplicate)).encode(), *vectors).hex()[:32]
+    return content_key(repr(settings).encode(), *vectors).hex()[:32]
 
 
 def add_mined(rows: Sequence[Mapping[str, Any]], found: Sequence[Near]) -> list[dict[str, Any]]:
@@ -195,8 +223,3 @@ def _with_mined(row: Mapping[str, Any], near: Near, rows: Sequence[Mapping[str, 
     mined = [{"caption": text, "rule": RULE} for text in behind if text.casefold() not in own and text not in lead]
     new["negatives"] = [*({"caption": text, "rule": RULE} for text in lead), *kept, *mined]
     return new
-
-
-def _pairs(values: Tensor, rows: Tensor) -> tuple[tuple[int, float], ...]:
-    found = zip(rows.tolist(), values.tolist(), strict=True)
-    return tuple((row, round(value, 4)) for row, value in found if value > -torch.inf)

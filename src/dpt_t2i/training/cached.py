@@ -126,9 +126,16 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
     records = open_records(data, "train", size)
     parts = [records[at : at + config.block_size] for at in range(0, len(records), config.block_size)]
     names = [_block_name(part, data, size) for part in parts]
-    first, bad = len(names) * state.process_index // state.num_processes, Faults(data.on_bad)
-    latents = fill(cached.latents, names, lambda n, beat: _latents(cached, parts[n], config, size, bad, beat), first)
-    text = fill(cached.text, names, lambda n, beat: _text(cached, parts[n], beat), first)
+    texts, bad = _text_blocks(parts), Faults(data.on_bad)
+    text_names = [content_key(*map(text_key, block)).hex() for block in texts]
+
+    def first(blocks: Sequence[Any]) -> int:
+        return len(blocks) * state.process_index // state.num_processes
+
+    latents = fill(
+        cached.latents, names, lambda n, beat: _latents(cached, parts[n], config, size, bad, beat), first(names)
+    )
+    text = fill(cached.text, text_names, lambda n, beat: _text(cached, texts[n], beat), first(texts))
     left_out = sum(gathered([len(bad.found)], state))
     return _summary(gathered([(latents.rows, text.rows)], state), len(records), left_out, data.cache_dir, cached)
 
@@ -192,11 +199,8 @@ def _latents(
 
 
 @torch.no_grad()
-def _text(
-    cached: CachedEncodings, records: Sequence[Record], beat: Callable[[], None]
-) -> tuple[list[Key], Columns, int]:
-    texts = {text_key(text): text for record in records for text in _texts(record)}
-    missing = {key: text for key, text in texts.items() if key not in cached.text}
+def _text(cached: CachedEncodings, texts: Sequence[str], beat: Callable[[], None]) -> tuple[list[Key], Columns, int]:
+    missing = {key: text for text in texts if (key := text_key(text)) not in cached.text}
     parts = []
     texts_left = list(missing.values())
     for at in range(0, len(texts_left), TEXT_BATCH):
@@ -235,6 +239,18 @@ def _squares(record: Record, size: int, data: TrainDataConfig) -> Iterable[Tenso
             yield to_pixels(mirror(square, kept)[0])
 
 
+def _text_blocks(parts: Iterable[Sequence[Record]]) -> list[list[str]]:
+    """Of each block of records the texts that no block before it has, where there are any: each text stands in one
+    block, so that no two processes can be at it in the same moment."""
+    seen: set[str] = set()
+    blocks = []
+    for part in parts:
+        texts = dict.fromkeys(text for record in part for text in _texts(record))
+        blocks.append([text for text in texts if text not in seen])
+        seen.update(texts)
+    return [block for block in blocks if block]
+
+
 def _texts(record: Record) -> list[str]:
     negatives = record.negatives or [n for caption in record.captions for n in perturb(caption)]  # as training does
     others = (*(n.caption for n in negatives), *(e.text for e in record.expressions))
@@ -242,7 +258,7 @@ def _texts(record: Record) -> list[str]:
 
 
 def _block_name(records: Sequence[Record], data: TrainDataConfig, size: int) -> str:
-    """Of all that decides which squares and texts a block has. Where a record's key deceives, training looks by
+    """Of all that decides which squares a block has. Where a record's key deceives, training looks by
     content, finds nothing, and encodes."""
     return content_key(str((size, data.random_flip)).encode(), *map(record_key, records)).hex()
 
