@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 WORK = Path("runs/bundled")
 BASE = WORK / "base"  # the diffusers folder in the making
@@ -30,6 +30,31 @@ def start(stage: str) -> torch.device:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
     torch.manual_seed(SEED)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def join() -> tuple[int, int]:
+    """Rank of this process and their number, under torchrun or alone."""
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def average(gradients: list[Tensor], *others: Tensor) -> list[Tensor]:
+    """Average gradients, and scalars beside them, over all processes; one call for all of them.
+
+    Returns the scalars; the gradients are changed in place.
+    """
+    if not distributed.is_initialized():
+        return list(others)
+    parts = [*gradients, *others]
+    flat = torch.cat([part.detach().flatten() for part in parts])
+    distributed.all_reduce(flat)
+    means = [
+        m.view_as(p)
+        for m, p in zip((flat / distributed.get_world_size()).split([p.numel() for p in parts]), parts, strict=True)
+    ]
+    torch._foreach_copy_(gradients, means[: len(gradients)])
+    return means[len(gradients) :]
 
 
 def pixels(images: np.ndarray, device: torch.device) -> Tensor:
@@ -86,6 +111,7 @@ class Stage:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average([p.grad for p in self.model.parameters() if p.grad is not None])
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.ema.step(self.model.parameters())

@@ -1,6 +1,7 @@
 """Stage 2 of the bundled model: tokenizer, text encoder and image encoder, trained against each other as CLIP is.
 
     python tools/bundled/text.py --samples 200000
+    python tools/bundled/text.py --samples 600000 --weights src/dpt_t2i/bundled     # go on from committed encoders
 
 Both captions of an example (true, and hard negative) and both pictures stand in one batch, so that the pooled vector
 has to tell word order and who wears which colour. The text encoder is frozen afterwards.
@@ -10,11 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
-from common import BASE, SEED, WORK, Stage, batches, log, pixels, rate, start
+from common import BASE, SEED, WORK, Stage, batches, join, log, pixels, rate, start
+from pack import PROJECTION
 from pool import Pool, read_pool
+from safetensors.torch import load_file
+from slots import NAMES, naming, slots_of
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +34,10 @@ from transformers import (
 MAX_LENGTH = 32
 EXPRESSION_SHARE = 0.15  # of the pairs are a referring expression instead of a caption
 HARD_WEIGHT = 1.0  # of telling an example's own two captions (pictures) apart, beside the whole batch's
+SIDES = ("flip_relation", "swap_objects")  # the rules that are hardest to tell
+SIDES_SHOWN = 3  # times as often as the others
+SLOT_SCALE = 10.0  # of the unit embeddings that name
+SLOT_WEIGHT = 0.5  # of naming what stands left, right, above and below
 
 
 def train_tokenizer(captions: np.ndarray) -> CLIPTokenizer:
@@ -79,6 +88,14 @@ class Pair(nn.Module):
         )
         self.text_projection = nn.Linear(128, 128, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07)))
+        self.slots = nn.Linear(128, NAMES)
+
+    def load(self, package: Path) -> None:
+        """Take the encoders and the projection of package data (`src/dpt_t2i/bundled`)."""
+        self.text = CLIPTextModel.from_pretrained(package / "base/text_encoder", dtype=torch.float32)
+        self.image = CLIPVisionModelWithProjection.from_pretrained(package / "image_encoder", dtype=torch.float32)
+        state = load_file(package / "image_encoder" / PROJECTION)
+        self.text_projection.weight.data = state["text_projection.weight"].float()
 
     def embed_text(self, ids: Tensor) -> Tensor:
         return F.normalize(self.text_projection(self.text(ids).pooler_output), dim=-1)
@@ -101,8 +118,17 @@ def contrast(text: Tensor, image: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=200_000)
-    parser.add_argument("--batch", type=int, default=64, help="examples; each brings two pictures and two captions")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=64,
+        help="examples; each brings two pictures and two captions; "
+        "on several processes each has so many, and contrasts them among themselves",
+    )
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weights", type=Path, default=None, help="package data whose encoders to start from")
     args = parser.parse_args()
+    rank, world = join()
     device = start("text")
     pool = read_pool()
     if not (BASE / "tokenizer").exists():
@@ -110,24 +136,37 @@ def main() -> None:
         train_tokenizer(words).save_pretrained(BASE / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     ids, referring = _tokenize(tokenizer, pool.captions), _tokenize(tokenizer, pool.expressions)
-    model = Pair(tokenizer).to(device).train()
+    slots = slots_of(pool.captions)
+    model = Pair(tokenizer)
+    if args.weights:
+        model.load(args.weights)
+    model.to(device).train()
     held = len(pool.images) - 1000  # the last examples measure, and are not trained on
-    mix = np.random.default_rng(SEED + 3)
-    stage, total = Stage("text", model, lr=1e-3, weight_decay=0.05), args.samples // (2 * args.batch)
-    for rows in batches(held, args.batch, SEED + 2):
-        if stage.step >= total:
-            break
-        texts = np.where(mix.random((len(rows), 1, 1)) < EXPRESSION_SHARE, referring[rows], ids[rows])
+    sides = np.flatnonzero(np.isin(pool.rules[:held], SIDES))
+    shown = np.concatenate([np.arange(held), *[sides] * (SIDES_SHOWN - 1)])
+    mix = np.random.default_rng([SEED + 3, rank])
+    stage = Stage("text", model, lr=args.lr, weight_decay=0.05)
+    total, order = args.samples // (2 * args.batch * world), batches(len(shown), args.batch * world, SEED + stage.step)
+    while stage.step < total:
+        rows = shown[next(order)][rank::world]
+        referred = mix.random((len(rows), 1, 1)) < EXPRESSION_SHARE
+        texts = np.where(referred, referring[rows], ids[rows])
+        named = torch.from_numpy(_both(np.where(referred[..., None], -1, slots[rows]))).to(device)
         images, tokens = _both(pool.images[rows]), _trim(_both(texts), tokenizer.eos_token_id)
         scale = model.logit_scale.exp().clamp(max=100)
         text, image = model.embed_text(torch.from_numpy(tokens).to(device)), model.embed_image(pixels(images, device))
         batch, hard = contrast(text, image, scale)
-        stage.update(batch + HARD_WEIGHT * hard, len(images), rate(stage.step, total, stage.lr))
-        if stage.step % 100 == 0:
-            stage.say(batch=batch.item(), hard=hard.item(), scale=scale.item())
-        if stage.step % 500 == 0:
+        side = naming(SLOT_SCALE * model.slots(text), named) + naming(SLOT_SCALE * model.slots(image), named)
+        stage.update(
+            batch + HARD_WEIGHT * hard + SLOT_WEIGHT * side, len(images) * world, rate(stage.step, total, stage.lr)
+        )
+        if rank == 0 and stage.step % 100 == 0:
+            stage.say(batch=batch.item(), hard=hard.item(), side=side.item(), scale=scale.item())
+        if rank == 0 and stage.step % 500 == 0:
             stage.save()
             log.info("text: held-out hard accuracy %s", accuracy(model, pool, ids, held, device))
+    if rank:
+        return
     stage.save()
     stage.ema.copy_to(model.parameters())
     model.eval()
@@ -141,7 +180,10 @@ def main() -> None:
 
 @torch.no_grad()
 def accuracy(model: Pair, pool: Pool, ids: np.ndarray, first: int, device: torch.device) -> dict[str, float]:
-    """Share of held-out examples whose own caption (picture) scores above its hard negative; chance 0.5."""
+    """Share of held-out examples whose own caption (picture) scores above its hard negative; chance 0.5.
+
+    All of them (`text`, `image`), and the caption side by the rule that made the negative.
+    """
     text_side, image_side = [], []
     for at in range(first, len(pool.images), 100):
         rows = slice(at, at + 100)
@@ -150,10 +192,9 @@ def accuracy(model: Pair, pool: Pool, ids: np.ndarray, first: int, device: torch
         own = (text[0] * image[0]).sum(-1)
         text_side.append(own > (text[1] * image[0]).sum(-1))
         image_side.append(own > (text[0] * image[1]).sum(-1))
-    return {
-        "text": torch.cat(text_side).float().mean().item(),
-        "image": torch.cat(image_side).float().mean().item(),
-    }
+    text, rules = torch.cat(text_side).float().cpu(), pool.rules[first:]
+    by_rule = {str(rule): text[torch.from_numpy(rules == rule)].mean().item() for rule in np.unique(rules)}
+    return {"text": text.mean().item(), "image": torch.cat(image_side).float().mean().item(), **by_rule}
 
 
 def _tokenize(tokenizer: CLIPTokenizer, texts: np.ndarray) -> np.ndarray:

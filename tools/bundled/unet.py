@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import BASE, SEED, WORK, batches, log, rate, say, start
+from common import BASE, SEED, WORK, average, batches, join, log, rate, say, start
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from latents import LATENTS
 from muon import Muon
 from pool import POOL
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -120,20 +120,15 @@ class Run:
         self.optimizer.zero_grad()
         loss.backward()
         parameters = list(self.model.parameters())
-        flat = torch.cat([p.grad.flatten() for p in parameters] + [loss.detach().reshape(1)])
-        if distributed.is_initialized():
-            distributed.all_reduce(flat)
-            flat /= distributed.get_world_size()
-        if not torch.isfinite(flat[-1]):
-            raise SystemExit(f"unet: loss is {flat[-1]} at step {self.step}; last checkpoint {self.file}")
-        for p, gradient in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
-            p.grad = gradient.view_as(p)
+        (loss,) = average([p.grad for p in parameters], loss.detach())
+        if not torch.isfinite(loss):
+            raise SystemExit(f"unet: loss is {loss} at step {self.step}; last checkpoint {self.file}")
         nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step(lr)
         self.step += 1
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), parameters, 1 - decay)
-        return float(flat[-1])
+        return float(loss)
 
     def save(self) -> None:
         """Write the state beside, then rename; and the moving average as a diffusers folder."""
@@ -159,9 +154,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weights", type=Path, default=None, help="a `unet` folder whose weights to start from")
     args = parser.parse_args()
-    if "WORLD_SIZE" in os.environ:
-        distributed.init_process_group("gloo" if not torch.cuda.is_available() else "nccl")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = join()
     device = start("unet")
     model = UNet2DConditionModel.from_pretrained(args.weights) if args.weights else build()
     run = Run(model.to(device, memory_format=torch.channels_last).train(), args.lr)

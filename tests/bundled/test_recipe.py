@@ -1,0 +1,60 @@
+"""`make bundled` from nothing, each stage cut very short: the stages fit together, go on where they stopped, and stock
+diffusers loads what comes out."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import dpt_t2i
+
+ROOT = Path(__file__).parents[2]
+SHORT = {"vae": 64, "text": 512, "unet": 288}  # samples
+
+
+def run(cwd: Path, *arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, f"{arguments}: {done.stderr[-2000:]}"
+    return done.stdout + done.stderr
+
+
+def stage(cwd: Path, name: str, *flags: str) -> str:
+    samples = ("--samples", str(SHORT[name])) if name in SHORT else ()
+    return run(cwd, str(ROOT / f"tools/bundled/{name}.py"), *samples, *flags)
+
+
+def train(cwd: Path, command: str, *flags: str) -> str:
+    short = ("--max_train_steps", "1", "--train_batch_size", "4", "--validation_steps", "0", "--device", "cpu")
+    base = ("--pretrained_model_name_or_path", "src/dpt_t2i/bundled/base")
+    return run(cwd, "-m", "dpt_t2i", command, "--config", f"configs/bundled/{command}.yaml", *base, *short, *flags)
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_from_nothing(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    stage(tmp_path, "pool", "--chunks", "0-0")
+    for name in ("vae", "text", "latents", "unet", "pack"):
+        stage(tmp_path, name)
+    assert "goes on at step" in stage(tmp_path, "unet")  # and is done at once
+    train(tmp_path, "probe")
+    train(tmp_path, "tune")
+    stage(tmp_path, "pack")
+    package = tmp_path / "src/dpt_t2i/bundled"
+    assert (package / "base/dpt/tuned/pytorch_lora_weights.safetensors").is_file()
+    pipeline = StableDiffusionPipeline.from_pretrained(package / "base", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    plain = pipeline("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert plain.size == (64, 64)
+    model = dpt_t2i.load(str(package / "base"))
+    assert model.generate(["a red circle"], seeds=[0], steps=2)[0].size == (64, 64)
+    # A change of text encoder: the denoiser is made ready for it and goes on.
+    stage(tmp_path, "rebase")
+    (tmp_path / "runs/bundled/unet.pt").unlink()
+    assert "3 steps" in stage(tmp_path, "unet", "--weights", "runs/bundled/rebased")
