@@ -31,7 +31,7 @@ def stage(cwd: Path, name: str, *flags: str) -> str:
 
 
 def train(cwd: Path, command: str, *flags: str) -> str:
-    short = ("--max_train_steps", "1", "--train_batch_size", "4", "--validation_steps", "0", "--device", "cpu")
+    short = ("--max_train_steps", "1", "--train_batch_size", "4", "--validation_steps", "1000", "--device", "cpu")
     base = ("--pretrained_model_name_or_path", "src/dpt_t2i/bundled/base")
     return run(cwd, "-m", "dpt_t2i", command, "--config", f"configs/bundled/{command}.yaml", *base, *short, *flags)
 
