@@ -162,7 +162,7 @@ def _summary(seconds: list[dict[str, float]], batch: int, peak: float) -> dict[s
 
 
 def _round(load: Workload, naive: Naive, cached: CachedEncodings, counter: FlopCounterMode | None) -> dict[str, float]:
-    """CPU seconds of a step of each arm, and of what a cache saves; FLOPs where they are counted; the process's peak.
+    """CPU seconds of a step of each arm, and of what a cache saves; FLOPs where they are counted.
 
     From the encoded batch on a step with caches is the step without, so it is timed once.
     """
@@ -172,14 +172,12 @@ def _round(load: Workload, naive: Naive, cached: CachedEncodings, counter: FlopC
     encoded, encoding = _timed(lambda: _encoded(load))
     _, learning = _timed(lambda: _learn(load, optimizer, _ours(load, encoded)))
     flops.append(counter.get_total_flops() if counter else 0)
-    peak = _resident_gb()
     _, theirs = _timed(lambda: _learn(load, optimizer, naive.losses(load.batch, load.latents, load.draw)))
     flops.append(counter.get_total_flops() if counter else 0)
     _, reading = _timed(lambda: encoder(load.batch))
     with torch.no_grad():
         _, third = _timed(lambda: load.backbone.encode_image(load.batch.images))
     timed = {"ours": encoding + learning, "naive": theirs, "vae": 3 * third, "ours_cached": reading + learning}
-    timed |= {"peak_gb_after_ours": peak, "peak_gb_after_both": _resident_gb()}
     return timed | ({"ours_flops": flops[1], "naive_flops": flops[2] - flops[1]} if counter else {})
 
 
@@ -246,7 +244,6 @@ def _peak_memory(model: str, stage: int, arm: str) -> dict[str, float]:
     load = workload(model, stage)
     if arm == "ours_checkpointing":
         load.backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        load.backbone.denoiser.train()  # as the engine does: in eval mode diffusers recomputes nothing
     before = _resident_gb()
     if arm == "naive":
         terms = Naive(load.backbone, load.adapter, load.taps, stage == 2).losses(load.batch, load.latents, load.draw)

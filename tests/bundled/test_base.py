@@ -51,7 +51,7 @@ def test_image_encoder_loads():
 
 
 def test_text_and_image_meet_in_one_space(pipeline):
-    """Own captions score above hard negatives, on scenes that trained nothing; flipped sides and exchanged things too."""
+    """Own captions score above hard negatives, flipped sides too, on scenes that trained nothing."""
     from safetensors.torch import load_file
 
     from dpt_t2i.data.transforms import to_pixels

@@ -39,3 +39,4 @@ def test_loss_of_knowing_nothing_and_of_knowing_all() -> None:
     sure[0, RELATIONS.index("left"), 4 + COLOR_NAMES.index("red")] = 50
     sure[0, RELATIONS.index("right"), SHAPES.index("cross")] = 50
     assert naming(sure.flatten(1), slots).item() < 1e-6
+    assert naming(torch.ones(1, NAMES), slots[1:]).item() == 0  # a batch in which nothing is named

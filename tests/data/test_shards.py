@@ -92,3 +92,10 @@ def test_a_stream_over_http_gives_what_the_files_give(tmp_path, server):
     faults = Faults("skip")
     assert not list(stream_shards([f"{server}/gone.tar"], faults=faults))
     assert "404" in faults.found[0].reason
+
+
+def test_a_colon_in_a_name_parts_nothing(tmp_path, picture):
+    members = {f"{folder}: x/1.{kind}": data for folder in "ab" for kind, data in (("png", picture), ("txt", b"a dot"))}
+    path = shard(tmp_path, members)
+    for records in (list(read_shards([path])), list(stream_shards([str(path)]))):
+        assert [record.id for record in records] == ["a: x/1", "b: x/1"]

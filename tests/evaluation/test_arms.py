@@ -113,6 +113,9 @@ def test_the_strength_that_is_stored_with_the_adapter_is_the_default(base: Path,
     save_adapter(model.adapter, folder, base_fingerprint={}, metadata={"correction": stored})
     assert recipe_of(ARMS["dpt_correct"], none_given).settings.correction == CorrectionConfig(**stored)  # type: ignore[arg-type]
     assert recipe_of(ARMS["dpt_correct"], config(base)).settings.correction.correct == 0.1
+    sparse = config(base, correction=CorrectionConfig(correction_every=3))
+    expected = CorrectionConfig(**stored, correction_every=3)  # type: ignore[arg-type]
+    assert recipe_of(ARMS["dpt_correct"], sparse).settings.correction == expected
     save_adapter(model.adapter, folder, base_fingerprint={}, metadata={"correction": {"correct": -1}})
     with pytest.raises(InputError, match="stored `correction` is not valid"):
         recipe_of(ARMS["dpt_correct"], none_given)

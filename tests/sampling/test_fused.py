@@ -132,6 +132,15 @@ def test_operations_of_a_corrected_step():
 def test_mode_noise_and_scorers_that_cannot_predict_are_refused():
     with pytest.raises(InputError, match="`correction_fused`.*needs `correction_mode` state"):
         final("ddim", correction_mode="noise")
+    backbone = tiny_backbone()
+    text, null = backbone.encode_text(["a star", "two blue stars"]), backbone.null_text(2)
+    correction = CorrectionConfig(correct=0.1, correction_fused=True)
+
+    def plain_function(noisy, timesteps, states):
+        return noisy.flatten(1).sum(1)
+
+    with pytest.raises(InputError, match="`correction_fused` reads the score off .* give a `MatchScorer`"):
+        sample(backbone, text, null, LATENTS, SampleConfig(steps=2), correction, plain_function)
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])

@@ -132,6 +132,20 @@ def test_a_fresh_lora_is_a_push_away(parts) -> None:
     assert objective(encoded, draw, 3.0)["loss_distill"].item() == pytest.approx(size.item(), rel=1e-4)
 
 
+def test_a_gradient_that_is_not_finite_is_a_loss_that_is_not(parts) -> None:
+    backbone, adapter, _, encoded, draw = parts
+    encoded.latents[1] = torch.nan
+    objective = TuneObjective(
+        backbone,
+        adapter,
+        backbone.parse_taps("up1"),
+        ItmRecConfig(),
+        DenoiseConfig(),
+        teacher=teacher_on(backbone),
+    )
+    assert not objective(encoded, draw, 3.0)["loss_distill"].isfinite()  # and the engine has its say, on all processes
+
+
 def test_stage_two_learns_it_and_goes_on_after_a_stop(probe_config, tune_config, tmp_path) -> None:
     probe = probe_config()
     run_probe(probe)

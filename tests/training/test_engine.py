@@ -366,6 +366,43 @@ def test_a_run_that_skips_all_its_steps_ends(tmp_path, accelerator):
         train(job(tmp_path, Poisoned(*range(99)), on_nan="skip", max_train_steps=40, train_batch_size=1), accelerator)
 
 
+def scaling_accelerator(scale: float) -> Accelerator:
+    """fp16's scaler, without fp16, which accelerate has on no CPU."""
+    accelerator = Accelerator(cpu=True)
+    scaler = accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    accelerator.unscale_gradients = lambda: [scaler.unscale_(one.optimizer) for one in accelerator._optimizers]
+    return accelerator
+
+
+def test_fp16_lowers_its_scale_until_the_gradient_fits(tmp_path):
+    model, taken = Plane(), []
+    model.w.register_hook(
+        lambda gradient: gradient * 1e4
+    )  # 3e4, 4e4: at a scale of 2^120 infinite in float32, at 2^112 not
+    given = replace(job(tmp_path, model, max_train_steps=14), after_step=lambda: taken.append(1))
+    train(given, scaling_accelerator(2.0**120))
+    assert len(taken) == 14 - 8, "some steps were refused, and after those nothing is clamped or averaged"
+    assert model.w.abs().min() > 0
+
+
+def test_fp16_ends_where_the_gradient_is_infinite_at_any_scale(tmp_path):
+    model = Plane()
+    model.w.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(InputError, match=r"^step 20: the gradient was not finite in 20 steps in a row, at any scale"):
+        train(job(tmp_path, model, max_train_steps=40, train_batch_size=1), scaling_accelerator(2.0**16))
+    assert model.w.tolist() == [0, 0]
+
+
+def test_what_is_measured_at_the_end_comes_after_the_last_step_and_again_when_nothing_is_left(tmp_path, accelerator):
+    model = Plane()
+    seen: list[list[float]] = []
+    train(replace(job(tmp_path, model), at_end=lambda: seen.append(model.w.tolist())), accelerator)
+    assert seen == [model.w.tolist()] and seen != [[0.0, 0.0]]
+    again = job(tmp_path, Plane(), resume_from_checkpoint="latest")
+    train(replace(again, at_end=lambda: seen.append([])), accelerator)
+    assert len(seen) == 2
+
+
 class Called(Plane):
     """The process gets a signal in the middle of a step."""
 

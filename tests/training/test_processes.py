@@ -129,6 +129,15 @@ def test_two_processes_stream_every_record_once(probe_config, tmp_path: Path) ->
     assert sorted(first + second) == sorted(scene.captions[0] for i, scene in enumerate(scenes) if i % 9 != 8)
 
 
+@pytest.mark.slow
+def test_the_control_on_two_processes_with_a_cut(tune_config, tmp_path: Path) -> None:
+    """Behind the cut the LoRA gets no gradient from the denoising loss, on any process: none may wait for it."""
+    few = {"max_train_steps": 2, "gradient_accumulation_steps": 2, "objective": "denoise_only"}
+    config = tune_config(**few, detach_unet_feature="up1", adapter="none", output_dir=str(tmp_path / "run"))
+    forked.run(lambda: run_tune(config), tmp_path / "logs", world=2)
+    assert load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+
+
 class Troubled(Plane):
     """On the second process alone, the second step has a NaN and the third brings a signal."""
 

@@ -1,5 +1,6 @@
 """FSDP on two gloo processes: the base in parts, and the same training as on one process."""
 
+import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -116,6 +117,24 @@ def test_the_same_training_in_parts_stopped_and_gone_on_with(probe_config, tune_
         if not file.endswith("optimizer.safetensors"):
             # AdamW moves each number by about the rate a step: a lost share of a gradient would show as that.
             assert all((mine[name] - theirs[name]).abs().max() < 1e-4 for name in mine), file
+
+
+@pytest.mark.slow
+def test_an_atlas_in_parts_with_shares_of_unlike_size(probe_config, tmp_path: Path) -> None:
+    """Three examples one by one: the processes measure two and one."""
+    few = {"max_train_steps": 1, "val_samples": 3, "val_batch_size": 1, "taps": "mid_up1", "timestep_buckets": 2}
+
+    def mapped(name: str, batch: int) -> None:
+        run_probe(probe_config(**few, train_batch_size=batch, output_dir=str(tmp_path / name)))
+
+    forked.run(partial(mapped, "one", 4), tmp_path / "logs")
+    forked.run(in_parts(partial(mapped, "two", 2)), tmp_path / "logs", world=2)
+    want, got = (json.loads((tmp_path / name / "atlas.json").read_text())["cells"] for name in ("one", "two"))
+    assert got.keys() == want.keys() == {"mid", "up1"}
+    for tap, row in want.items():
+        for timestep, cell in row.items():
+            counted = {name: share["count"] for name, share in cell.items() if isinstance(share, dict)}
+            assert counted and counted == {name: got[tap][timestep][name]["count"] for name in counted}
 
 
 def sharded(work: Callable[[], object]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import trackers
-from dpt_t2i.training.trackers import Metrics, read_metrics, start_trackers, usable_tracker
+from dpt_t2i.training.trackers import Metrics, best_step, read_metrics, start_trackers, usable_tracker
 
 
 class Recorder:
@@ -107,3 +107,8 @@ def test_a_tracker_that_does_not_start_is_a_warning(caplog):
     accelerator = Offline()
     start_trackers(accelerator, "my_run")
     assert accelerator.trackers == [] and "does not start (no API key)" in caplog.text
+
+
+def test_a_figure_that_is_not_finite_is_never_the_best():
+    assert best_step({500: {"itm_text": math.nan}, 1000: {"itm_text": 0.1}, 1500: {"itm_text": 0.2}}, None) == 1500
+    assert best_step({500: {"loss_mse": math.nan}}, None) is None

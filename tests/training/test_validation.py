@@ -42,19 +42,28 @@ def test_figures_without_a_source_are_left_out(model, records):
     assert list(Validation(*model, boxes, 32)()) == ["rec_p1", "rec_p5", "rec_p10"]
 
 
+def test_what_is_cut_is_not_told_again(model, records, caplog):
+    backbone, *rest = model
+    long = [replace(record, captions=("a red circle " * 40,)) for record in records]
+    Validation(backbone, *rest, long, 32)()
+    assert not caplog.records
+    backbone.encode_text(list(long[0].captions))
+    assert len(caplog.records) == 1, "which is told elsewhere"
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_figures_by_hand_and_the_denoisers_mode(model, records, monkeypatch, training):
     backbone, adapter, taps = model
     seen = []
 
-    def scores(scorer, examples, timesteps, batch_size, first):
-        assert (batch_size, first) == (16, 0)
+    def scores(scorer, examples, timesteps, batch_size, first, on_truncate):
+        assert (batch_size, first, on_truncate) == (16, 0, "ignore")
         seen.append((len(list(examples)), list(timesteps), backbone.denoiser.training, adapter.training))
         pairs = [(0.1, 0.4), (0.1, 0.3), (0.3, 0.2)]  # (wrong text, wrong image) beside 0.25 for the true pair
         return [ItmScores(str(i), "r", 500, 0.25, text, image) for i, (text, image) in enumerate(pairs)]
 
-    def ranks(scorer, examples, timesteps, batch_size, first):
-        assert (batch_size, first) == (16, 0)
+    def ranks(scorer, examples, timesteps, batch_size, first, on_truncate):
+        assert (batch_size, first, on_truncate) == (16, 0, "ignore")
         seen.append((len(list(examples)), list(timesteps), backbone.denoiser.training, adapter.training))
         return [RecRanks(str(i), 500, rank, None) for i, rank in enumerate([0, 4, 9, 10, None])]
 

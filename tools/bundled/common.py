@@ -35,6 +35,8 @@ def start(stage: str) -> torch.device:
 def join() -> tuple[int, int]:
     """Rank of this process and their number, under torchrun or alone."""
     if "WORLD_SIZE" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 

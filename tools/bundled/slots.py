@@ -32,7 +32,11 @@ def slots_of(captions: np.ndarray) -> np.ndarray:
 
 
 def naming(logits: Tensor, slots: Tensor) -> Tensor:
-    """Cross-entropy of the named shapes and colours; logits [B, 4 (4 + 8)], slots [B, 4, 2]."""
+    """Cross-entropy of the named shapes and colours; logits [B, 4 (4 + 8)], slots [B, 4, 2]. Nothing named: 0."""
     shapes, colors = logits.unflatten(-1, (len(RELATIONS), -1)).split([len(SHAPES), len(COLORS)], dim=-1)
-    of_shapes = F.cross_entropy(shapes.flatten(0, 1), slots[..., 0].flatten(), ignore_index=-1)
-    return of_shapes + F.cross_entropy(colors.flatten(0, 1), slots[..., 1].flatten(), ignore_index=-1)
+    return _mean(shapes, slots[..., 0]) + _mean(colors, slots[..., 1])
+
+
+def _mean(logits: Tensor, names: Tensor) -> Tensor:
+    total = F.cross_entropy(logits.flatten(0, 1), names.flatten(), ignore_index=-1, reduction="sum")
+    return total / (names != -1).sum().clamp(min=1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from pool import Pool, read_pool
 from safetensors.torch import load_file
 from slots import NAMES, naming, slots_of
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from transformers import (
     CLIPTextConfig,
@@ -131,9 +132,10 @@ def main() -> None:
     rank, world = join()
     device = start("text")
     pool = read_pool()
-    if not (BASE / "tokenizer").exists():
-        words = np.concatenate([pool.captions.reshape(-1), pool.expressions.reshape(-1)])
-        train_tokenizer(words).save_pretrained(BASE / "tokenizer")
+    if rank == 0:
+        _provide_tokenizer(pool, args.weights)
+    if world > 1:
+        distributed.barrier()
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     ids, referring = _tokenize(tokenizer, pool.captions), _tokenize(tokenizer, pool.expressions)
     slots = slots_of(pool.captions)
@@ -195,6 +197,17 @@ def accuracy(model: Pair, pool: Pool, ids: np.ndarray, first: int, device: torch
     text, rules = torch.cat(text_side).float().cpu(), pool.rules[first:]
     by_rule = {str(rule): text[torch.from_numpy(rules == rule)].mean().item() for rule in np.unique(rules)}
     return {"text": text.mean().item(), "image": torch.cat(image_side).float().mean().item(), **by_rule}
+
+
+def _provide_tokenizer(pool: Pool, weights: Path | None) -> None:
+    """That of the weights to start from, else one that is trained here; none where one is there."""
+    if (BASE / "tokenizer").exists():
+        return
+    if weights is not None:
+        shutil.copytree(weights / "base/tokenizer", BASE / "tokenizer")
+        return
+    words = np.concatenate([pool.captions.reshape(-1), pool.expressions.reshape(-1)])
+    train_tokenizer(words).save_pretrained(BASE / "tokenizer")
 
 
 def _tokenize(tokenizer: CLIPTokenizer, texts: np.ndarray) -> np.ndarray:

@@ -103,12 +103,14 @@ class Texts:
 class Run:
     """Model, optimiser and moving average, and where they stand; saved together, so that a stop costs little."""
 
-    def __init__(self, model: nn.Module, lr: float) -> None:
-        self.model, self.lr = model, lr
+    def __init__(self, model: nn.Module, lr: float, began: str) -> None:
+        self.model, self.lr, self.began = model, lr, began
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.optimizer, self.step, self.file = Muon(model, lr), 0, WORK / "unet.pt"
         if self.file.exists():
             state = torch.load(self.file, weights_only=True, map_location="cpu")
+            if state.get("began", began) != began:
+                raise SystemExit(f"unet: {self.file} began from {state['began']}, not {began}; remove it to begin anew")
             model.load_state_dict(state["model"])
             self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -137,6 +139,7 @@ class Run:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "began": self.began,
         }
         partial = self.file.with_suffix(f".{os.getpid()}")
         torch.save(state, partial)
@@ -157,7 +160,7 @@ def main() -> None:
     rank, world = join()
     device = start("unet")
     model = UNet2DConditionModel.from_pretrained(args.weights) if args.weights else build()
-    run = Run(model.to(device, memory_format=torch.channels_last).train(), args.lr)
+    run = Run(model.to(device, memory_format=torch.channels_last).train(), args.lr, str(args.weights or "scratch"))
     data, texts, noising = Examples(), Texts(device), DDPMScheduler(**SCHEDULE)
     total, share = args.samples // args.batch, args.batch // world
     log.info("unet: %d pictures, %d steps, process %d of %d", len(data), total, rank + 1, world)

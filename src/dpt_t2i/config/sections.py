@@ -134,7 +134,11 @@ class DataConfig(Section):
     resolution: Annotated[int, Field(gt=0)] | None = Field(
         None, description="pixels of the square image given to the VAE; default: the model's own size"
     )
-    dataloader_num_workers: int = Field(0, ge=0, description="loader processes; never changes what is seen")
+    dataloader_num_workers: int = Field(
+        0,
+        ge=0,
+        description="loader processes; changes what is seen of streamed shards alone, which are dealt out to them",
+    )
     data_seed: int = Field(0, ge=0, description="seed of the example order and of every random choice in the data")
     max_samples: Annotated[int, Field(gt=1)] | None = Field(None, description="use only the first N records")
     val_samples: Positive = Field(256, description="held-out examples of a validation")

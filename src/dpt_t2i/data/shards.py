@@ -70,9 +70,10 @@ class EncodedImage:
 
     data: bytes
     name: str
+    shard: str = ""  # of a stream, whose member it is
 
     def __call__(self) -> Image.Image:
-        return decode(self.data, self.name)
+        return decode(self.data, f"{self.shard}: {self.name}" if self.shard else self.name)
 
     def read(self) -> bytes:
         return self.data
@@ -149,7 +150,7 @@ def _streamed(shard: str, faults: Faults) -> Iterator[EncodedImage]:
             for member in tar:
                 file = tar.extractfile(member) if member.isfile() else None
                 if file is not None:
-                    yield EncodedImage(file.read(), f"{shard}: {member.name}")
+                    yield EncodedImage(file.read(), member.name, shard)
     except DAMAGED as error:
         faults.report(shard, f"no whole tar: {error}")
 
@@ -202,8 +203,7 @@ def _stem(member: TarImage | EncodedImage) -> str:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """`a/0001.negative.png` -> `a/0001`, `negative.png` (the shard of a stream stands before a colon and a space)."""
-    member = name.rpartition(": ")[2]
-    folder, slash, file = member.rpartition("/")
+    """`a/0001.negative.png` -> `a/0001`, `negative.png`."""
+    folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     return f"{folder}{slash}{stem}", suffix.lower()

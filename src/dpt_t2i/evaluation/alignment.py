@@ -258,5 +258,7 @@ def _log_test_run(config: AlignmentConfig, result: Mapping[str, Any]) -> None:
         "overall": {name: numbers["overall"] for name, numbers in result["arms"].items()},
         "command": result["command"],
     }
-    with (config.test_log or config.output_dir.parent / "test_runs.jsonl").open("a", encoding="utf-8") as log:
+    file = config.test_log or config.output_dir.parent / "test_runs.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")

@@ -159,14 +159,16 @@ def _text(path: Path | None, otherwise: str | None) -> str | None:
 
 
 def _correction(config: AlignmentConfig, adapter: Path | None) -> CorrectionConfig:
-    """The settings that were given, else those that are stored with the adapter under `correction`."""
+    """What is stored with the adapter under `correction`, but for what was given. With a strength that was given, all
+    is as given: a strength means another thing under another rule."""
     if config.correction.correct > 0:
         return config.correction
     stored = read_adapter_card(adapter)["metadata"].get("correction") if adapter is not None else None
     if not stored:
         raise InputError(f"no correction strength: adapter {adapter} has none stored; give --correct, for instance 0.5")
+    given = config.correction.model_dump(exclude_unset=True, exclude={"correct"})
     try:
-        return CorrectionConfig.model_validate(stored)
+        return CorrectionConfig.model_validate({**stored, **given})
     except ValidationError as error:
         raise InputError(
             f"adapter {adapter}: its stored `correction` is not valid: {error.errors()[0]['msg']}"

@@ -63,7 +63,7 @@ def tap_scores(
     """`itm_scores` of every tap: (tap, scores of an example at a timestep)."""
     backbone = readers.backbone
     for chunk in chunks(backbone, examples, batch_size, seed, examples.first):
-        pairs = Pairs.of(backbone, chunk)
+        pairs = Pairs.of(backbone, chunk, "ignore")  # what is cut is told while it is trained on
         for timestep in timesteps:
             noisy, steps = pairs.noised(backbone, timestep)
             features = backbone.features(noisy, steps, pairs.text, readers.taps)
@@ -79,7 +79,7 @@ def tap_ranks(
     """`rec_ranks` of every tap: (tap, ranks of an example at a timestep)."""
     backbone = readers.backbone
     for chunk in chunks(backbone, grounded(examples), batch_size, seed, examples.first_grounded):
-        text = backbone.encode_text([str(example.expression) for example in chunk.examples])
+        text = backbone.encode_text([str(example.expression) for example in chunk.examples], "ignore")
         for timestep in timesteps:
             noisy, steps = noised(backbone, chunk, timestep)
             features = backbone.features(noisy, steps, text, readers.taps)

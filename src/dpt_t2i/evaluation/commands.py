@@ -82,7 +82,7 @@ def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
     state = processes(config.model.device)
     scorer = _scorer(config)
     examples = _examples(config, scorer, state)
-    how = {"seed": config.seed, "batch_size": config.eval_batch_size, "first": examples.first}
+    how: dict[str, Any] = {"seed": config.seed, "batch_size": config.eval_batch_size, "first": examples.first}
     rows = gathered(itm_scores(scorer, examples, _timesteps(config, scorer), **how), state)
     if not state.is_main_process:
         return {"summary": []}
@@ -108,7 +108,7 @@ def run_rec(config: DiscriminationConfig) -> dict[str, Any]:
     scorer = _scorer(config)
     examples = _examples(config, scorer, state)
     timesteps = _timesteps(config, scorer)
-    how = {"seed": config.seed, "batch_size": config.eval_batch_size, "first": examples.first_grounded}
+    how: dict[str, Any] = {"seed": config.seed, "batch_size": config.eval_batch_size, "first": examples.first_grounded}
     rows = gathered(rec_ranks(scorer, examples, timesteps, **how), state)
     blind = gathered(rec_oracle(scorer.backbone, examples, timesteps, **how), state)
     if not state.is_main_process:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.interface import Backbone, OnTruncate
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.examples import Chunk, EvalExample, chunks
@@ -53,7 +53,7 @@ class Pairs:
     text: TextStates  # N
 
     @staticmethod
-    def of(backbone: Backbone, chunk: Chunk) -> Pairs:
+    def of(backbone: Backbone, chunk: Chunk, on_truncate: OnTruncate = "warn") -> Pairs:
         examples = chunk.examples
         with_text = [i for i, e in enumerate(examples) if e.hard_caption is not None]
         with_image = [i for i, e in enumerate(examples) if e.hard_pixels is not None]
@@ -64,7 +64,7 @@ class Pairs:
         captions = [e.caption for e in examples]
         texts = captions + [str(examples[i].hard_caption) for i in with_text] + [captions[i] for i in with_image]
         noise = torch.cat([chunk.noise, chunk.noise[with_text], chunk.noise[with_image]])
-        return Pairs(examples, with_text, with_image, torch.cat(parts), noise, backbone.encode_text(texts))
+        return Pairs(examples, with_text, with_image, torch.cat(parts), noise, backbone.encode_text(texts, on_truncate))
 
     def noised(self, backbone: Backbone, timestep: int) -> tuple[Tensor, Tensor]:
         """z_t `[N, C, h, w]` and t `[N]`."""
@@ -98,6 +98,7 @@ def itm_scores(
     seed: int = 0,
     batch_size: int = 32,
     first: int = 0,
+    on_truncate: OnTruncate = "warn",
 ) -> list[ItmScores]:
     """Score every example with its caption and its hard negatives at every timestep.
 
@@ -105,13 +106,14 @@ def itm_scores(
         seed: of the noise; that of an example follows from (seed, its number).
         batch_size: examples at once (three rows each); changes no score.
         first: number of the first example, where these are a part of all.
+        on_truncate: what happens to a caption over the token limit.
 
     Raises:
         InputError: a score is NaN or infinite (names the example).
     """
     rows: list[ItmScores] = []
     for chunk in chunks(scorer.backbone, examples, batch_size, seed, first):
-        pairs = Pairs.of(scorer.backbone, chunk)
+        pairs = Pairs.of(scorer.backbone, chunk, on_truncate)
         for timestep in timesteps:
             noisy, steps = pairs.noised(scorer.backbone, timestep)
             rows.extend(pairs.judged(scorer(noisy, steps, pairs.text), timestep))

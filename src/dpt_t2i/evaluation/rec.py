@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dpt_t2i.adapter.postprocess import rank_boxes
 from dpt_t2i.adapter.types import AdapterOutput
-from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.interface import Backbone, OnTruncate
 from dpt_t2i.boxes import cxcywh_to_xyxy, giou_xyxy, iou_xyxy
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.examples import Chunk, EvalExample, chunks
@@ -48,6 +48,7 @@ def rec_ranks(
     seed: int = 0,
     batch_size: int = 32,
     first: int = 0,
+    on_truncate: OnTruncate = "warn",
 ) -> list[RecRanks]:
     """Read every example's noised image under its expression. Of several named things any one will do.
 
@@ -55,13 +56,14 @@ def rec_ranks(
         seed: of the noise; that of an example follows from (seed, its number).
         batch_size: examples at once; changes no rank.
         first: number of the first grounded example, where these are a part of all.
+        on_truncate: what happens to an expression over the token limit.
 
     Raises:
         InputError: a box or its score is NaN or infinite (names the example).
     """
     rows = []
     for chunk in chunks(scorer.backbone, grounded(examples), batch_size, seed, first):
-        text = scorer.backbone.encode_text([str(e.expression) for e in chunk.examples])
+        text = scorer.backbone.encode_text([str(e.expression) for e in chunk.examples], on_truncate)
         for timestep in timesteps:
             output = scorer.read(*noised(scorer.backbone, chunk, timestep), text)
             rows.extend(ranks_of(output, chunk, timestep))

@@ -140,6 +140,11 @@ def _check(correction: CorrectionConfig, scorer: Scorer | None) -> None:
             "`correction_fused` moves the next latent and needs `correction_mode` state; mode noise changes the very "
             "prediction that a fused gradient comes from"
         )
+    if correction.correction_fused and not isinstance(scorer, PredictingScorer):
+        raise InputError(
+            "`correction_fused` reads the score off the denoiser's own prediction, which a plain function cannot; give "
+            "a `MatchScorer`, or leave correction_fused out"
+        )
 
 
 def _corrected(

@@ -71,23 +71,31 @@ class Teacher:
         return Teacher(backbone, MatchScorer(backbone, scoring.requires_grad_(False), taps), settings)
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
-        """z_t `[B, C, h, w]`, t `[B]`, B texts -> what should be predicted `[B, C, h, w]`, without a graph.
+        """z_t `[B, C, h, w]`, t `[B]`, B texts -> what should be predicted `[B, C, h, w]` float32, without a graph.
 
-        Raises:
-            InputError: the gradient of the score is not finite.
+        Where the gradient of the score is not finite, what should be predicted is NaN: so is the loss then, and the
+        engine names the step.
         """
+        pushed = timesteps >= self.config.distill_min_timestep
+        wanted = torch.empty_like(noisy, dtype=torch.float32)
         with eval_mode(self.backbone.denoiser), lora_disabled(self.backbone), torch.no_grad():
+            for rows, find in ((pushed.nonzero()[:, 0], self._corrected), ((~pushed).nonzero()[:, 0], self._plain)):
+                if len(rows):
+                    wanted[rows] = find(noisy[rows], timesteps[rows], text.select(rows))
+        return wanted
+
+    def _plain(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
+        return self.backbone.predict(noisy, timesteps, text)[0].float()
+
+    def _corrected(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
+        strength = self.config.distill_strength
+        try:
             prediction, moved, _ = predict_and_correct(
-                noisy,
-                timesteps,
-                text,
-                None,
-                scorer=self.scorer,
-                strength=self.config.distill_strength,
-                rule="relative",
+                noisy, timesteps, text, None, scorer=self.scorer, strength=strength, rule="relative"
             )
-        pushed = (timesteps >= self.config.distill_min_timestep)[:, None, None, None]
-        return prediction.float() + _change(self.backbone, torch.where(pushed, moved - noisy, 0.0), timesteps)
+        except InputError:  # on this process alone, perhaps: all must come to the end of the step
+            return torch.full_like(noisy, torch.nan, dtype=torch.float32)
+        return prediction.float() + _change(self.backbone, moved - noisy, timesteps)
 
 
 def _change(backbone: Backbone, push: Tensor, timesteps: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The loop that both stages share: windows of micro-batches, one optimiser step each, from any step on.
 
 Everything random in step s follows from (seed, s): the examples, noise, timesteps, dropped captions, dropout. So the
-same training comes out after a stop, and (but for dropout's masks) on one process or several.
+same training comes out after a stop, and (but for dropout's masks) on one process or several; streamed shards are dealt
+out over processes, and show other examples on another number of them.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Job:
     sample_every: int = 0  # optimiser steps; 0 = never
     clipped_apart: Sequence[nn.Module] = ()  # parts of the objective whose gradients are clipped each by its own norm
     backbone: Backbone | None = None  # whose frozen weights FSDP may share out; None = nothing is frozen
+    at_end: Callable[[], None] | None = None  # measures what came of it, on every process, after the last step
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Outcome:
     terms: dict[str, float]  # means over the window and the processes
     norm: float  # of the gradient before clipping
     fault: str | None  # what was not finite, where no step was taken
+    refused: bool  # fp16: the scaler took no step, since the gradient was out of range at its scale
     signal: int  # that one of the processes got; 0 = none
 
 
@@ -81,6 +84,7 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
         run.look()
         for step, window in enumerate(windows(job.feed, accelerator, run.step), start=run.step):
             run.take(step, window, signals)
+    run.end()
     _tell_left_out(job.feed, accelerator)
     return run.metrics.held_out.get(run.step, {})
 
@@ -167,6 +171,11 @@ class _Run:
             self.progress.restart(self.step)
         return better
 
+    def end(self) -> None:
+        if self.job.at_end is not None:
+            with self._whole_base():
+                self.job.at_end()
+
     def save(self) -> None:
         """The checkpoint of this step; of the earlier ones the newest stay, and the best by validation."""
         if not self.accelerator.is_main_process:
@@ -192,9 +201,17 @@ class _Run:
         return self.step % every == 0 or self.step == self.settings.max_train_steps
 
     def _count(self, outcome: Outcome) -> None:
-        """Steps without a finite loss: the end, or a count."""
-        self.in_a_row = self.in_a_row + 1 if outcome.fault else 0
+        """Steps without a finite loss: the end, or a count. Those that fp16's scaler refuses are only too many where
+        lowering its scale never helps: the gradient is not finite at any.
+        """
+        self.in_a_row = self.in_a_row + 1 if outcome.fault or outcome.refused else 0
         if outcome.fault is None:
+            if self.in_a_row == MAX_SKIPPED:
+                raise InputError(
+                    f"step {self.step}: the gradient was not finite in {MAX_SKIPPED} steps in a row, at any scale of "
+                    "fp16; give --mixed_precision bf16, or mend the data; the last checkpoint in "
+                    f"{self.job.output_dir} is intact"
+                )
             return
         self.skipped += 1
         if self.settings.on_nan == "stop" or self.in_a_row == MAX_SKIPPED:
@@ -280,12 +297,14 @@ def _step(
     scaled = accelerator.scaler is not None  # then a gradient out of range is the scaler's affair: it skips the step
     if not all(map(math.isfinite, means)) or not (scaled or math.isfinite(norm)):
         fault = _fault(job, accelerator, window, found, norm, step)
+    refused = False
     if fault is None or scaled:
         optimizer.step()
-        if job.after_step is not None:
+        refused = scaled and bool(accelerator.optimizer_step_was_skipped)
+        if job.after_step is not None and not refused:
             job.after_step()
     stop = (received or int(signal.SIGTERM)) if asked else 0  # another process may have been asked
-    return Outcome(dict(zip(names, means, strict=True)), norm, fault, stop)
+    return Outcome(dict(zip(names, means, strict=True)), norm, fault, refused, stop)
 
 
 def _clip(job: Job, accelerator: Accelerator, model: nn.Module) -> float:

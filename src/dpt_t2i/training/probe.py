@@ -9,7 +9,7 @@ own, and the run ends with an atlas of what they can tell at which timestep.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ def _probe_each(config: ProbeConfig) -> dict[str, Any]:
     validation = AtlasValidation(config, setups)
     readers, shared = validation.readers, next(iter(setups.values()))
     objective = AtlasObjective(readers.backbone, readers.adapters, readers.taps, config.loss)
-    figures = _learn(config, {f"adapters/{tap}": setup for tap, setup in setups.items()}, objective, validation)
-    atlas = validation.atlas()
+    atlas: dict[str, Any] = {}
+    folders = {f"adapters/{tap}": setup for tap, setup in setups.items()}
+    figures = _learn(config, folders, objective, validation, lambda: atlas.update(validation.atlas()))
     found = result(config.folder, figures, config.train.best_metric)
     if shared.accelerator.is_main_process:
         write_json(config.folder / ATLAS, atlas)
@@ -69,6 +70,7 @@ def _learn(
     setups: Mapping[str, Setup],
     objective: nn.Module,
     validate: Validation | AtlasValidation,
+    at_end: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Train the adapters of `setups` (folder inside the run -> setup), which share all else; the last held-out figures.
 
@@ -112,6 +114,7 @@ def _learn(
             after_step=after_step,
             clipped_apart=[one.adapter for one in setups.values()],
             backbone=setup.backbone,
+            at_end=at_end,
         ),
         setup.accelerator,
     )

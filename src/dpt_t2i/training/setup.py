@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, set_seed
 
 from dpt_t2i.adapter.grounding_text import load_grounding_text
@@ -154,8 +154,11 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)
     tracker = usable_tracker(train.report_to)
+    # Behind the cut nothing asks the LoRA of the control for a gradient, which processes would wait for.
+    cut = isinstance(config, TuneConfig) and config.objective == "denoise_only" and config.denoise.detach_unet_feature
     try:
         accelerator = Accelerator(
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(cut))],
             mixed_precision=train.mixed_precision,  # None = what the launcher was told
             cpu=place.type == "cpu",
             log_with=tracker,

@@ -102,7 +102,11 @@ def best_step(held_out: Mapping[int, Mapping[str, float]], metric: str | None) -
     if metric is None:
         return None
     sign = -1.0 if metric.startswith("loss") else 1.0
-    merits = {step: sign * row[metric] for step, row in held_out.items() if step > 0 and metric in row}
+    merits = {
+        step: sign * row[metric]
+        for step, row in held_out.items()
+        if step > 0 and math.isfinite(row.get(metric, math.nan))
+    }
     return max(merits, key=lambda step: (merits[step], -step)) if merits else None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -57,8 +58,10 @@ class Validation:
         mine, state = self.examples, PartialState()
         scorer = MatchScorer(self.backbone, self.adapter, self.taps)  # puts the adapter into eval mode
         with eval_mode(self.backbone.denoiser):
-            scores = itm_scores(scorer, mine, [self.timestep], batch_size=self.batch_size, first=mine.first)
-            ranks = rec_ranks(scorer, mine, [self.timestep], batch_size=self.batch_size, first=mine.first_grounded)
+            # What is cut is told while it is trained on.
+            how: dict[str, Any] = {"batch_size": self.batch_size, "on_truncate": "ignore"}
+            scores = itm_scores(scorer, mine, [self.timestep], first=mine.first, **how)
+            ranks = rec_ranks(scorer, mine, [self.timestep], first=mine.first_grounded, **how)
         itm = itm_summary(gathered(scores, state))[str(self.timestep)]
         figures = {f"itm_{side}": itm[side]["accuracy"] for side in ("text", "image") if side in itm}
         rec = rec_summary(gathered(ranks, state)).get(str(self.timestep), {})
