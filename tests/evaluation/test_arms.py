@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpt_t2i.adapter.io import save_adapter
-from dpt_t2i.config import AlignmentConfig, CorrectionConfig, ModelConfig, SearchConfig
+from dpt_t2i.config import AlignmentConfig, CorrectionConfig, ModelConfig, SearchConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.arms import ARMS, PAIRS, choose_arms, recipe_of
 from dpt_t2i.sampling.model import T2IModel
@@ -113,6 +113,8 @@ def test_the_strength_that_is_stored_with_the_adapter_is_the_default(base: Path,
     save_adapter(model.adapter, folder, base_fingerprint={}, metadata={"correction": stored})
     assert recipe_of(ARMS["dpt_correct"], none_given).settings.correction == CorrectionConfig(**stored)  # type: ignore[arg-type]
     assert recipe_of(ARMS["dpt_correct"], config(base)).settings.correction.correct == 0.1
+    whole = build_config(AlignmentConfig, overrides={"pretrained_model_name_or_path": str(base)})  # as commands do
+    assert recipe_of(ARMS["dpt_correct"], whole).settings.correction == CorrectionConfig(**stored)  # type: ignore[arg-type]
     sparse = config(base, correction=CorrectionConfig(correction_every=3))
     expected = CorrectionConfig(**stored, correction_every=3)  # type: ignore[arg-type]
     assert recipe_of(ARMS["dpt_correct"], sparse).settings.correction == expected

@@ -166,7 +166,7 @@ def _correction(config: AlignmentConfig, adapter: Path | None) -> CorrectionConf
     stored = read_adapter_card(adapter)["metadata"].get("correction") if adapter is not None else None
     if not stored:
         raise InputError(f"no correction strength: adapter {adapter} has none stored; give --correct, for instance 0.5")
-    given = config.correction.model_dump(exclude_unset=True, exclude={"correct"})
+    given = config.correction.model_dump(exclude_defaults=True)
     try:
         return CorrectionConfig.model_validate({**stored, **given})
     except ValidationError as error:
