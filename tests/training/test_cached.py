@@ -103,6 +103,37 @@ def test_each_text_is_encoded_once_though_no_process_knows_of_the_others(data, r
     assert found["texts_encoded"] == found["texts"] > 6
 
 
+def share_pictures(folder):
+    """Each record's hard negative becomes the picture of the record before it."""
+    file = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for before, row in zip(rows, rows[1:], strict=False):
+        row["negative_file"] = before["file_name"]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def test_each_picture_is_encoded_once_though_no_process_knows_of_the_others(data, run, folder, monkeypatch):
+    share_pictures(folder)
+    expected = run(data.model_copy(update={"cache_dir": data.cache_dir / "one"}), block_size=100)["images"]
+    monkeypatch.setattr(module.Cache, "__contains__", lambda *_: False)  # as if all blocks were begun at one moment
+    found = run(data, block_size=1)
+    assert found["images_encoded"] == found["images"] == expected > 12
+
+
+def test_a_view_shared_with_a_record_that_is_left_out_is_not_lost(backbone, data, run, folder, monkeypatch):
+    share_pictures(folder)
+    file = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[::2]:  # its other views are still another record's hard negative
+        row["expressions"] = [{"text": "it", "spans": [[0, 2]], "boxes": [[30, 30, 40, 40]]}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    data = data.model_copy(update={"on_bad": "skip", "random_flip": False})
+    assert run(data, block_size=1)["left_out"] == 3
+    examples = Examples(open_records(data, "train", 32), 32, seed=1, view=View(random_flip=False), skip_bad=True)
+    monkeypatch.setattr(backbone, "encode_image", lambda *_: pytest.fail("not in the cache"), raising=False)
+    Encoder(backbone, 20, None, cached=open_cache(data, backbone, 32))(collate([examples[i] for i in range(6)]))
+
+
 def test_other_weights_find_nothing(backbone, data, run):
     run(data)
     other = tiny_backbone(seed=1)

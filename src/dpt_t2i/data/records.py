@@ -48,17 +48,17 @@ class Record:
 
     def load_image(self) -> Image.Image:
         """The image in RGB; raises `InputError` naming the file if it is missing or broken."""
-        return _load(self.image)
+        return load_picture(self.image)
 
     def image_size(self) -> tuple[int, int]:
         """Width and height in pixels, of a file by its header alone; errors as in `load_image`."""
-        return _load(self.image, whole=False).size
+        return load_picture(self.image, whole=False).size
 
     def load_negative_image(self, number: int = 0) -> Image.Image | None:
         """A hard-negative image in RGB (0 = `negative_image`), or None where the record has none."""
         if self.negative_image is None:
             return None
-        return _load((self.negative_image, *self.more_negative_images)[number])
+        return load_picture((self.negative_image, *self.more_negative_images)[number])
 
     def require_inside(self, boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]) -> None:
         """Refuse boxes that leave the opened image of `size`; raises `InputError` naming the record."""
@@ -89,7 +89,8 @@ def check_inside(boxes: Sequence[tuple[float, float, float, float]], size: tuple
             )
 
 
-def _load(source: ImageSource, whole: bool = True) -> Image.Image:
+def load_picture(source: ImageSource, whole: bool = True) -> Image.Image:
+    """The picture in RGB, of a file perhaps its header alone; raises `InputError` naming a missing or broken file."""
     if not isinstance(source, Path):
         return source()
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from dpt_t2i.config import CacheConfig, TrainDataConfig
 from dpt_t2i.data.cache import Cache, Columns, Key, Spec, content_key, fill, pixels_key, record_key, text_key
 from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.perturb import perturb
-from dpt_t2i.data.records import Record
+from dpt_t2i.data.records import ImageSource, Record, load_picture
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.data.transforms import fit_square, mirror, to_pixels
 from dpt_t2i.errors import InputError
@@ -31,6 +32,8 @@ from dpt_t2i.sampling.shares import gathered, processes
 
 TEXT_BATCH = 32  # texts in one pass
 PARTS = ("tokens", "pooled", "mask")
+
+Boxes = tuple[tuple[float, float, float, float], ...]
 
 log = logging.getLogger(__name__)
 
@@ -125,15 +128,15 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
     cached = CachedEncodings(data.cache_dir, backbone, size, data.cache_dtype)
     records = open_records(data, "train", size)
     parts = [records[at : at + config.block_size] for at in range(0, len(records), config.block_size)]
-    names = [_block_name(part, data, size) for part in parts]
-    texts, bad = _text_blocks(parts), Faults(data.on_bad)
+    pictures, bad = _picture_blocks(parts), Faults(data.on_bad)
+    names, texts = [_block_name(block, data, size) for block in pictures], _text_blocks(parts)
     text_names = [content_key(*map(text_key, block)).hex() for block in texts]
 
     def first(blocks: Sequence[Any]) -> int:
         return len(blocks) * state.process_index // state.num_processes
 
     latents = fill(
-        cached.latents, names, lambda n, beat: _latents(cached, parts[n], config, size, bad, beat), first(names)
+        cached.latents, names, lambda n, beat: _latents(cached, pictures[n], config, size, bad, beat), first(names)
     )
     text = fill(cached.text, text_names, lambda n, beat: _text(cached, texts[n], beat), first(texts))
     left_out = sum(gathered([len(bad.found)], state))
@@ -169,17 +172,17 @@ def _summary(
 @torch.no_grad()
 def _latents(
     cached: CachedEncodings,
-    records: Sequence[Record],
+    block: Sequence[_Shown],
     config: CacheConfig,
     size: int,
     bad: Faults,
     beat: Callable[[], None],
 ) -> tuple[list[Key], Columns, int]:
-    """Every square that `Examples` can show of some records and the cache does not have."""
+    """Every square of a block that the cache does not have."""
     shown: dict[Key, bool] = {}  # and whether it was in the cache
 
     def missing() -> Iterator[Tensor]:  # as they are asked for: a block of large pictures would fill the memory
-        for square in (square for record in records for square in _whole(record, size, config.data, bad)):
+        for square in (square for shown in block for square in _squares(shown, size, config.data, bad)):
             key = pixels_key(square)
             if key not in shown:
                 shown[key] = key in cached.latents
@@ -213,30 +216,60 @@ def _text(cached: CachedEncodings, texts: Sequence[str], beat: Callable[[], None
     return list(missing), columns, len(texts) - len(missing)
 
 
-def _whole(record: Record, size: int, data: TrainDataConfig, bad: Faults) -> list[Tensor]:
-    """`_squares`; none of a record that training will leave out for a broken picture."""
-    try:
-        return list(_squares(record, size, data))
-    except InputError as error:
-        if data.on_bad == "error":
-            raise
-        bad.report(f"{record.source}/{record.id}", str(error))
-        return []
+@dataclass(frozen=True)
+class _Shown:
+    """A record, and those of its views that no record before it has."""
+
+    record: Record
+    views: tuple[int, ...]  # numbers in `_views`
 
 
-def _squares(record: Record, size: int, data: TrainDataConfig) -> Iterable[Tensor]:
-    """As an example's own image (around an expression's boxes), as another's random one, and as a hard negative."""
-    image = record.load_image()
-    others = range(0 if record.negative_image is None else 1 + len(record.more_negative_images))
-    negatives = (record.load_negative_image(number) for number in others)
-    for expression in record.expressions:
-        record.require_inside(expression.boxes, image.size)
-    shots = [(image, ()), *((image, e.boxes) for e in record.expressions)]
-    for picture, boxes in [*shots, *((negative, ()) for negative in negatives if negative is not None)]:
-        square, kept = fit_square(picture, boxes, size)
-        yield to_pixels(square)
-        if data.random_flip:
-            yield to_pixels(mirror(square, kept)[0])
+def _views(record: Record) -> list[tuple[ImageSource, Boxes]]:
+    """All that `Examples` can show of a record, each a picture and the boxes that must stay in its square: as an
+    example's own image (around an expression's boxes), as another's random one, and as a hard negative."""
+    own = [(record.image, ()), *((record.image, expression.boxes) for expression in record.expressions)]
+    wrong = () if record.negative_image is None else (record.negative_image, *record.more_negative_images)
+    return own + [(image, ()) for image in wrong]
+
+
+def _squares(shown: _Shown, size: int, data: TrainDataConfig, bad: Faults) -> list[Tensor]:
+    """Of its views. Training leaves out a record with a broken one, but others may show the rest of them."""
+    record, squares, fault = shown.record, list[Tensor](), None
+    source, picture = record.image, None
+    for number, (wanted, boxes) in enumerate(_views(record)):
+        try:
+            if picture is None or wanted is not source:
+                source, picture = wanted, load_picture(wanted)
+            record.require_inside(boxes, picture.size)
+        except InputError as error:
+            if data.on_bad == "error":
+                raise
+            fault = fault or error
+            continue
+        if number in shown.views:
+            square, kept = fit_square(picture, boxes, size)
+            squares.append(to_pixels(square))
+            if data.random_flip:
+                squares.append(to_pixels(mirror(square, kept)[0]))
+    if fault is not None:
+        bad.report(f"{record.source}/{record.id}", str(fault))
+    return squares
+
+
+def _picture_blocks(parts: Iterable[Sequence[Record]]) -> list[list[_Shown]]:
+    """Each block of records with the views that no record before has: what stands in one block alone is encoded by one
+    process alone. A picture that is drawn, not a file, is a new one each time."""
+    seen: set[tuple[ImageSource, Boxes]] = set()
+    blocks = []
+    for part in parts:
+        block = []
+        for record in part:
+            views = _views(record)
+            new = [n for n, view in enumerate(views) if view not in seen and view not in views[:n]]
+            seen.update(views[n] for n in new if isinstance(views[n][0], Path))
+            block.append(_Shown(record, tuple(new)))
+        blocks.append(block)
+    return blocks
 
 
 def _text_blocks(parts: Iterable[Sequence[Record]]) -> list[list[str]]:
@@ -257,10 +290,11 @@ def _texts(record: Record) -> list[str]:
     return ["", *record.captions, *others]
 
 
-def _block_name(records: Sequence[Record], data: TrainDataConfig, size: int) -> str:
+def _block_name(block: Sequence[_Shown], data: TrainDataConfig, size: int) -> str:
     """Of all that decides which squares a block has. Where a record's key deceives, training looks by
     content, finds nothing, and encodes."""
-    return content_key(str((size, data.random_flip)).encode(), *map(record_key, records)).hex()
+    views = [shown.views for shown in block]
+    return content_key(repr((size, data.random_flip, views)).encode(), *(record_key(s.record) for s in block)).hex()
 
 
 def _vocabularies(pipeline: Any) -> dict[str, str]:
