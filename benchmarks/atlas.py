@@ -34,8 +34,9 @@ from dpt_t2i.config import ATLAS_ADAPTER, ItmRecConfig, TrainConfig
 from dpt_t2i.data.examples import Examples, collate
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.evaluation.provenance import versions, write_json
+from dpt_t2i.objectives.types import Losses
 from dpt_t2i.training.encode import Encoded, Encoder
-from dpt_t2i.training.objective import AtlasObjective, Draw, weigh, weights_of
+from dpt_t2i.training.objective import AtlasObjective, Draw, weights_of
 from dpt_t2i.training.optimizer import make_optimizer
 
 ARMS = {"up1": "up1", "up3": "up3", "all": "all"}
@@ -125,7 +126,7 @@ def _step(backbone: Backbone, taps: str, encoded: Encoded) -> Callable[[], None]
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        weigh(objective(encoded, draw, boxes), weights).total.backward()
+        Losses(objective(encoded, draw, boxes), weights).total.backward()
         for adapter in adapters.values():
             nn.utils.clip_grad_norm_(adapter.parameters(), TRAIN.max_grad_norm)
         optimizer.step()

@@ -47,9 +47,10 @@ from dpt_t2i.data.cache import pixels_key, text_key
 from dpt_t2i.data.examples import Batch, Examples, collate
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.evaluation.provenance import versions, write_json
+from dpt_t2i.objectives.types import Losses
 from dpt_t2i.training.cached import CachedEncodings
 from dpt_t2i.training.encode import Encoded, Encoder
-from dpt_t2i.training.objective import Draw, ProbeObjective, TuneObjective, weigh, weights_of
+from dpt_t2i.training.objective import Draw, ProbeObjective, TuneObjective, weights_of
 
 TOLERANCE = 1e-4  # between the arms' losses: absolute, or relative where a loss is above 1
 MODELS = ("mid", "bundled")
@@ -200,7 +201,7 @@ def _encoded(load: Workload) -> Encoded:
 
 def _learn(load: Workload, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor]) -> None:
     optimizer.zero_grad(set_to_none=True)
-    weigh(terms, weights_of(ItmRecConfig(), DenoiseConfig())).total.backward()
+    Losses(terms, weights_of(ItmRecConfig(), DenoiseConfig())).total.backward()
     nn.utils.clip_grad_norm_(load.parameters(), 1.0)
     optimizer.step()
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel
 
 import dpt_t2i
 
@@ -36,6 +37,19 @@ def train(cwd: Path, command: str, *flags: str) -> str:
     return run(cwd, "-m", "dpt_t2i", command, "--config", f"configs/bundled/{command}.yaml", *base, *short, *flags)
 
 
+@torch.no_grad()
+def roll_channels(folder: Path) -> None:
+    """The same text encoder, whose states come out with every channel one place further on."""
+    encoder = CLIPTextModel.from_pretrained(folder)
+    for name, value in encoder.named_parameters():
+        reads = ("embedding.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight")
+        if name.endswith(reads):
+            value.copy_(value.roll(1, dims=1))
+        elif any(part in name for part in ("layer_norm", "out_proj", "fc2")):
+            value.copy_(value.roll(1, dims=0))
+    encoder.save_pretrained(folder)
+
+
 @pytest.mark.slow
 def test_the_recipe_runs_from_nothing(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -55,6 +69,16 @@ def test_the_recipe_runs_from_nothing(tmp_path: Path) -> None:
     model = dpt_t2i.load(str(package / "base"))
     assert model.generate(["a red circle"], seeds=[0], steps=2)[0].size == (64, 64)
     # A change of text encoder: the denoiser is made ready for it and goes on.
+    roll_channels(tmp_path / "runs/bundled/base/text_encoder")
     stage(tmp_path, "rebase")
+    old, new = (
+        UNet2DConditionModel.from_pretrained(folder).state_dict()
+        for folder in (package / "base/unet", tmp_path / "runs/bundled/rebased")
+    )
+    read = [name for name in old if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
+    assert read
+    for name in old:
+        expected = old[name].roll(1, dims=1) if name in read else old[name]
+        torch.testing.assert_close(new[name], expected, rtol=0, atol=2e-3)
     (tmp_path / "runs/bundled/unet.pt").unlink()
     assert "3 steps" in stage(tmp_path, "unet", "--weights", "runs/bundled/rebased")

@@ -13,7 +13,7 @@ from dpt_t2i.backbones.lora import place_lora
 from dpt_t2i.config import DenoiseConfig, ItmRecConfig
 from dpt_t2i.objectives.types import GroundingTargets, Losses
 from dpt_t2i.training.encode import Encoded
-from dpt_t2i.training.objective import Draw, ProbeObjective, TuneObjective, weigh, weights_of
+from dpt_t2i.training.objective import Draw, ProbeObjective, TuneObjective, weights_of
 from tests.parity.golden import SHARED, adapter, backbone, checkpoint, model, numbers, tensors
 
 BOXES = 5.0  # of the batch: 1, 1, 2, 1
@@ -86,7 +86,7 @@ def objective(stage: int, snr_gamma: float | None = None, cut: str | None = None
 
 
 def losses_of(terms: dict[str, Tensor]) -> Losses:
-    return weigh(terms, weights_of(ItmRecConfig(), DenoiseConfig()))
+    return Losses(terms, weights_of(ItmRecConfig(), DenoiseConfig()))
 
 
 def released_names(module: nn.Module) -> dict[str, nn.Parameter]:

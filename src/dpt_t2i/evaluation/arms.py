@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,8 @@ class Arm:
     """One way of turning a prompt and a seed into an image."""
 
     name: str
-    lora: str  # `none`, `dpt`, `control`, ...: a row of `_loras`
-    adapter: str = "none"  # a row of `_adapters`; it corrects and ranks, and changes no image otherwise
+    lora: str  # `none`, `dpt`, `control`, ...: a row of `_LORAS`
+    adapter: str = "none"  # a row of `_ADAPTERS`; it corrects and ranks, and changes no image otherwise
     corrected: bool = False
     best_of: int = 1  # candidates an image; the first has the seed itself, so it is the image of the arm without search
     random_of: str | None = None  # the expectation of a blind pick among that arm's candidates; no images of its own
@@ -100,11 +100,12 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
             known.
     """
     base, revision = config.model.pretrained_model_name_or_path, config.model.revision
-    lora, adapter = choose_artifacts(base, _loras(config)[arm.lora], _adapters(config)[arm.adapter], revision)
+    for_lora, for_adapter = _LORAS[arm.lora], _ADAPTERS[arm.adapter]
+    lora, adapter = choose_artifacts(base, for_lora.of(config), for_adapter.of(config), revision)
     if arm.lora != "none" and lora is None:
-        raise InputError(f"arm `{arm.name}` needs a LoRA: give --{_FLAGS[arm.lora]}")
+        raise InputError(f"arm `{arm.name}` needs a LoRA: give --{for_lora.flag}")
     if (arm.corrected or arm.best_of > 1) and adapter is None:
-        raise InputError(f"arm `{arm.name}` needs an adapter: give --{_FLAGS[arm.adapter + '_adapter']}")
+        raise InputError(f"arm `{arm.name}` needs an adapter: give --{for_adapter.flag}")
     correction = _correction(config, adapter) if arm.corrected else CorrectionConfig()
     search = config.search.model_copy(update={"best_of": 1})
     settings = GenerateConfig(
@@ -118,40 +119,32 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
     return Recipe(lora, adapter, settings)
 
 
-_FLAGS = {
-    "dpt": "lora",
-    "control": "control_lora",
-    "control_compute": "control_compute_lora",
-    "onpolicy": "onpolicy_lora",
-    "dpt_adapter": "adapter",
-    "probe_adapter": "probe_adapter",
-    "onpolicy_adapter": "onpolicy_lora with an `adapter` folder beside it",
-    "live": "live_lora",
-    "live_adapter": "live_lora with an `adapter` folder beside it",
+@dataclass(frozen=True)
+class _Source:
+    """Where weights of an arm come from."""
+
+    flag: str  # by which a user gives them
+    of: Callable[
+        [AlignmentConfig], str | None
+    ]  # a path, `none`, or None = what ships with the base or lies beside a LoRA
+
+
+_LORAS: dict[str, _Source] = {
+    "none": _Source("lora", lambda _: "none"),
+    "dpt": _Source("lora", lambda config: config.model.lora),
+    "control": _Source("control_lora", lambda config: _text(config.control_lora, "none")),
+    "control_compute": _Source("control_compute_lora", lambda config: _text(config.control_compute_lora, "none")),
+    "onpolicy": _Source("onpolicy_lora", lambda config: _text(config.onpolicy_lora, "none")),
+    "live": _Source("live_lora", lambda config: _text(config.live_lora, "none")),
 }
-
-
-def _loras(config: AlignmentConfig) -> dict[str, str | None]:
-    """The `lora` setting of each source: a path, `none`, or None = what ships."""
-    return {
-        "none": "none",
-        "dpt": config.model.lora,
-        "control": _text(config.control_lora, "none"),
-        "control_compute": _text(config.control_compute_lora, "none"),
-        "onpolicy": _text(config.onpolicy_lora, "none"),
-        "live": _text(config.live_lora, "none"),
-    }
-
-
-def _adapters(config: AlignmentConfig) -> dict[str, str | None]:
-    """The `adapter` setting of each source; None = what ships with the base, or lies beside the LoRA."""
-    return {
-        "none": "none",
-        "dpt": config.model.adapter,
-        "probe": _text(config.probe_adapter, None),
-        "onpolicy": None,
-        "live": None,
-    }
+_BESIDE = "with an `adapter` folder beside it"
+_ADAPTERS: dict[str, _Source] = {
+    "none": _Source("adapter", lambda _: "none"),
+    "dpt": _Source("adapter", lambda config: config.model.adapter),
+    "probe": _Source("probe_adapter", lambda config: _text(config.probe_adapter, None)),
+    "onpolicy": _Source(f"onpolicy_lora {_BESIDE}", lambda _: None),
+    "live": _Source(f"live_lora {_BESIDE}", lambda _: None),
+}
 
 
 def _text(path: Path | None, otherwise: str | None) -> str | None:

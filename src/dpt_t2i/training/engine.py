@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.config import TrainConfig
 from dpt_t2i.errors import InputError, Stopped
+from dpt_t2i.objectives.types import Losses
 from dpt_t2i.training.checkpoint import drop_later, find_checkpoint, read_optimizer, write_checkpoint
 from dpt_t2i.training.faults import describe, save_batch
-from dpt_t2i.training.objective import weigh
 from dpt_t2i.training.optimizer import make_optimizer
 from dpt_t2i.training.progress import Progress
 from dpt_t2i.training.sharding import ShardedBase, average_gradients, sharding_asked
@@ -281,7 +281,7 @@ def _step(
         with _maybe_no_sync(accelerator, model, base is None and index < len(window) - 1):
             with accelerator.autocast():
                 terms = model(batch, draw, num_boxes)
-            total = weigh(terms, job.weights).total
+            total = Losses(terms, job.weights).total
             accelerator.backward(total / len(window))
         found.append({name: value.detach() for name, value in {**terms, "loss": total}.items()})
     if base is not None:

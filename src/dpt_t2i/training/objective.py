@@ -19,7 +19,6 @@ from dpt_t2i.config import DenoiseConfig, DistillConfig, ItmRecConfig
 from dpt_t2i.objectives.denoise import denoise_loss
 from dpt_t2i.objectives.itm import itm_loss
 from dpt_t2i.objectives.rec import rec_losses
-from dpt_t2i.objectives.types import Losses
 from dpt_t2i.training.distill import Teacher
 from dpt_t2i.training.encode import Encoded
 
@@ -33,29 +32,44 @@ class Draw:
     drop_caption: Tensor  # [B] bool: the denoising term sees the empty text
 
 
-class ProbeObjective(nn.Module):
-    """Stage 1: ITM and REC from one batched pass to the tap; the denoiser takes no gradient.
+class _Stage1(nn.Module):
+    """One batched pass to the taps, in which the denoiser takes no gradient, and every reader's losses on it.
 
     Evaluations of an example, in this order of blocks: (i, t), (i, t_hard), (i, t_rand), (i_hard, t), (i_rand, t),
     (i, expression); rows whose negative does not exist are left out of the pass.
     """
 
-    def __init__(self, backbone: Backbone, adapter: DiscriminativeAdapter, taps: Sequence[Tap], loss: ItmRecConfig):
+    def __init__(
+        self,
+        backbone: Backbone,
+        readers: Sequence[DiscriminativeAdapter],
+        taps: Sequence[Tap],
+        loss: ItmRecConfig,
+    ) -> None:
         super().__init__()
-        self.backbone, self.adapter, self.taps, self.loss = backbone, adapter, tuple(taps), loss
+        self.backbone, self.readers, self.taps, self.loss = backbone, tuple(readers), tuple(taps), loss
 
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
-        """Unweighted loss terms by name. `num_boxes`: boxes of the whole optimiser step / its micro-batches."""
+        """Unweighted loss terms by name, each a sum over the readers, so that each gets the gradient that it would get
+        alone. `num_boxes`: boxes of the whole optimiser step / its micro-batches."""
         plan = _Plan(batch)
         with torch.no_grad():
             features = _features(self.backbone, self.taps, batch, draw, plan.images, plan.texts)
-        return discriminate((self.adapter,), features, plan, batch, num_boxes, self.loss)
+        return discriminate(self.readers, features, plan, batch, num_boxes, self.loss)
 
 
-class AtlasObjective(nn.Module):
+class ProbeObjective(_Stage1):
+    """Stage 1: ITM and REC by one adapter."""
+
+    def __init__(
+        self, backbone: Backbone, adapter: DiscriminativeAdapter, taps: Sequence[Tap], loss: ItmRecConfig
+    ) -> None:
+        super().__init__(backbone, (adapter,), taps, loss)
+        self.adapter = adapter
+
+
+class AtlasObjective(_Stage1):
     """Stage 1 on many taps: one pass up to the deepest feeds an adapter at each.
-
-    Each adapter gets the gradient that it would get alone: the terms are sums over the taps.
 
     Args:
         adapters: tap name -> the adapter that reads it, all of the same sizes.
@@ -68,17 +82,8 @@ class AtlasObjective(nn.Module):
         taps: Sequence[Tap],
         loss: ItmRecConfig,
     ) -> None:
-        super().__init__()
-        self.backbone, self.taps, self.loss = backbone, tuple(taps), loss
-        self.readers = tuple(adapters.values())
+        super().__init__(backbone, tuple(adapters.values()), taps, loss)
         self.adapters = nn.ModuleDict({module_name(tap): adapter for tap, adapter in adapters.items()})
-
-    def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
-        """Unweighted loss terms by name, each summed over the taps; see `ProbeObjective`."""
-        plan = _Plan(batch)
-        with torch.no_grad():
-            features = _features(self.backbone, self.taps, batch, draw, plan.images, plan.texts)
-        return discriminate(self.readers, features, plan, batch, num_boxes, self.loss)
 
 
 class TuneObjective(nn.Module):
@@ -155,10 +160,6 @@ def weights_of(
         "loss_mse": denoise.mse_loss_coef if denoise else 1.0,
         "loss_distill": distill.distill_coef if distill else 0.0,
     }
-
-
-def weigh(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Losses:
-    return Losses(terms=terms, weights=weights)
 
 
 def discriminate(
