@@ -116,11 +116,12 @@ def main() -> None:
     for part in args.part or PARTS:
         for model in args.model or MODELS:
             for stage in args.stage or STAGES:
+                ran = {f"{part}_command": " ".join(["python", *sys.argv])}
                 measured = _seconds(model, stage, args.rounds) if part == "seconds" else [_memory(model, stage)]
                 for figures in measured:  # kept round by round: an interrupted run loses one
-                    result.setdefault(model, {}).setdefault(f"stage{stage}", {}).update(figures)
+                    result.setdefault(model, {}).setdefault(f"stage{stage}", {}).update(figures | ran)
                     result |= _headline(result.get("mid", {})) | {"versions": versions()}
-                    result["command"] = f"python benchmarks/train.py --rounds {args.rounds}"
+                    result["command"] = "python benchmarks/train.py"  # a part says how it was measured
                     write_json(args.output, result)
 
 
