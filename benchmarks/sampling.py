@@ -91,7 +91,7 @@ def _step_times(
     side = tuple(pixels // backbone.vae_scale for pixels in backbone.image_size)
     noise = initial_noise(0, (len(text), backbone.latent_channels, *side))
     ends: list[float] = []
-    settings = SampleConfig(steps=STEPS, guidance_scale=4.0)
+    settings = SampleConfig(steps=STEPS, guidance_scale=4.0, eta=0.0)
     sample(backbone, text, null, noise, settings, correction, scorer, lambda _step: ends.append(time.process_time()))
     return [end - start for start, end in zip(ends, ends[1:], strict=False)][:-1]
 
