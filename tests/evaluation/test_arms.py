@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 from dpt_t2i.adapter.io import save_adapter
-from dpt_t2i.config import AlignmentConfig, CorrectionConfig, ModelConfig, SearchConfig, build_config
+from dpt_t2i.config import AlignmentConfig, CorrectionConfig, ModelConfig, SampleConfig, SearchConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.arms import ARMS, PAIRS, choose_arms, recipe_of
 from dpt_t2i.sampling.model import T2IModel
 
 NAMES = (
     "base base_correct base_correct_best4 base_correct_random control control_compute dpt dpt_correct dpt_best4 random "
-    "dpt_onpolicy live live_correct"
+    "judge_correct judge_best4 judge_random dpt_onpolicy live live_correct"
 ).split()
-CORRECTED = {"base_correct", "base_correct_best4", "dpt_correct", "live_correct"}
+CORRECTED = {"base_correct", "base_correct_best4", "dpt_correct", "judge_correct", "judge_best4", "live_correct"}
 TUNED = "dpt/tuned/pytorch_lora_weights.safetensors"
 
 
@@ -37,7 +37,7 @@ def config(base: Path, **settings: object) -> AlignmentConfig:
 def test_the_table() -> None:
     assert list(ARMS) == NAMES
     assert {name for name, arm in ARMS.items() if arm.corrected} == CORRECTED
-    searched = {"base_correct_best4", "base_correct_random", "dpt_best4", "random"}
+    searched = {"base_correct_best4", "base_correct_random", "dpt_best4", "random", "judge_best4", "judge_random"}
     assert {name: arm.best_of for name, arm in ARMS.items() if arm.best_of > 1} == dict.fromkeys(searched, 4)
     assert {name for pair in PAIRS for name in pair} == set(NAMES)
 
@@ -72,12 +72,22 @@ def test_every_arm_takes_its_own_weights(base: Path) -> None:
         "dpt_correct": tuned,
         "dpt_best4": tuned,
         "random": tuned,
+        "judge_correct": tuned,
+        "judge_best4": tuned,
+        "judge_random": tuned,
         "dpt_onpolicy": (Path("run"), Path("run/adapter")),
         "live": (Path("run"), Path("run/adapter")),
         "live_correct": (Path("run"), Path("run/adapter")),
     }
     corrected = {name for name, r in found.items() if r.settings.correction.correct > 0}
     assert corrected == CORRECTED
+    plain = {name for name, r in found.items() if not r.settings.sample.lora_draws}
+    assert plain == {"judge_correct", "judge_best4", "judge_random"}
+
+
+def test_who_draws_is_the_arms_affair(base: Path) -> None:
+    with pytest.raises(InputError, match="`lora_draws` .* judge_correct"):
+        recipe_of(ARMS["dpt"], config(base, sample=SampleConfig(lora_draws=False)))
 
 
 def test_sampling_is_the_same_for_every_arm(base: Path) -> None:

@@ -11,6 +11,7 @@ from dpt_t2i.adapter.io import save_adapter
 from dpt_t2i.backbones.lora import add_lora, save_lora
 from dpt_t2i.config import GenerateConfig, build_config
 from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.generate import jobs_of
 from dpt_t2i.sampling.model import T2IModel
 from dpt_t2i.sampling.noise import shared_noise
 from tests.tiny import tiny_adapter, tiny_backbone, tiny_pipeline
@@ -94,6 +95,25 @@ def test_generate_takes_the_flags_of_the_command():
         ours.generate("a star", stepz=2)
 
 
+def test_the_plain_base_draws_and_the_lora_judges(base, monkeypatch):
+    tuned, plain = (dpt_t2i.load(str(base), lora=lora, device="cpu") for lora in (None, "none"))
+    how = {"steps": 3, "eta": 0.0}
+    drawn = tuned.generate("a red circle", lora_draws=False, **how)[0]
+    assert drawn.tobytes() == plain.generate("a red circle", **how)[0].tobytes()
+    corrected = {"correct": 0.3, "correction_rule": "relative", **how}
+    image = tuned.generate("a red circle", lora_draws=False, **corrected)[0]
+    # By hand: the plain base, and as its scorer the tuned model in a denoiser of its own.
+    plain.scorer = tuned.scorer
+    assert image.tobytes() == plain.generate("a red circle", **corrected)[0].tobytes() != drawn.tobytes()
+    assert image.tobytes() != tuned.generate("a red circle", **corrected)[0].tobytes()
+    jobs, config = jobs_of(["a red circle"], [0]), build_config(GenerateConfig, overrides=how | {"lora_draws": False})
+    (scored,) = tuned.run(jobs, config)
+    latents, text = scored.latents[None], tuned.backbone.encode_text(["a red circle"])
+    assert scored.score == pytest.approx(float(tuned.judge(250, config.search.score_draws, 0)(latents, text)))
+    with pytest.raises(InputError, match="`lora_draws` off .* leave correction_fused out"):
+        tuned.generate("a red circle", lora_draws=False, correction_fused=True, **corrected)
+
+
 def test_best_of_and_correction_need_an_adapter():
     with pytest.raises(InputError, match="best_of.*needs an adapter"):
         model(adapter=False).generate("a star", steps=1, best_of=2)
@@ -148,5 +168,6 @@ def test_settings_leave_out_what_changes_no_image_and_keep_the_rest():
         {"seed": 1},
         {"height": 64},
         {"negative_prompt": "x"},
+        {"lora_draws": False},
     ):
         assert ours.settings(build_config(GenerateConfig, overrides=change)) != one, change

@@ -292,6 +292,9 @@ class SampleConfig(Section):
     )
     batch_size: Positive = Field(8, description="images at once; never changes an image")
     negative_prompt: str = Field("", description="text of the unconditional branch")
+    lora_draws: bool = Field(
+        True, description="false: the plain base draws, and the LoRA serves matching, correction and ranking alone"
+    )
 
 
 class PublishedSampling(Section):

@@ -22,6 +22,7 @@ class Arm:
     lora: str  # `none`, `dpt`, `control`, ...: a row of `_LORAS`
     adapter: str = "none"  # a row of `_ADAPTERS`; it corrects and ranks, and changes no image otherwise
     corrected: bool = False
+    judges: bool = False  # the LoRA serves the adapter alone, and the plain base draws
     best_of: int = 1  # candidates an image; the first has the seed itself, so it is the image of the arm without search
     random_of: str | None = None  # the expectation of a blind pick among that arm's candidates; no images of its own
 
@@ -39,6 +40,9 @@ ARMS: dict[str, Arm] = {
         Arm("dpt_correct", "dpt", "dpt", corrected=True),
         Arm("dpt_best4", "dpt", "dpt", best_of=4),
         Arm("random", "dpt", "dpt", best_of=4, random_of="dpt_best4"),
+        Arm("judge_correct", "dpt", "dpt", corrected=True, judges=True),
+        Arm("judge_best4", "dpt", "dpt", corrected=True, judges=True, best_of=4),
+        Arm("judge_random", "dpt", "dpt", judges=True, best_of=4, random_of="judge_best4"),
         Arm("dpt_onpolicy", "onpolicy", "onpolicy"),
         Arm("live", "live", "live"),
         Arm("live_correct", "live", "live", corrected=True),
@@ -59,6 +63,12 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("dpt_best4", "dpt"),
     ("dpt_best4", "random"),
     ("dpt_best4", "base"),
+    ("judge_correct", "base"),
+    ("judge_correct", "base_correct"),
+    ("judge_correct", "dpt_correct"),
+    ("judge_best4", "judge_correct"),
+    ("judge_best4", "judge_random"),
+    ("judge_best4", "base"),
     ("dpt_onpolicy", "dpt"),
     ("dpt_onpolicy", "base"),
     ("live", "base"),
@@ -96,9 +106,11 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
     """Find an arm's weights and settings.
 
     Raises:
-        InputError: a LoRA or adapter that the arm needs was neither given nor ships, or no correction strength is
-            known.
+        InputError: a LoRA or adapter that the arm needs was neither given nor ships, no correction strength is known,
+            or `lora_draws` is off.
     """
+    if not config.sample.lora_draws:
+        raise InputError("`lora_draws` is what arms differ in; leave it out and name judge_correct or judge_best4")
     base, revision = config.model.pretrained_model_name_or_path, config.model.revision
     for_lora, for_adapter = _LORAS[arm.lora], _ADAPTERS[arm.adapter]
     lora, adapter = choose_artifacts(base, for_lora.of(config), for_adapter.of(config), revision)
@@ -111,7 +123,7 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
     settings = GenerateConfig(
         model=config.model,
         own_noise=config.own_noise,
-        sample=config.sample,
+        sample=config.sample.model_copy(update={"lora_draws": not arm.judges}),
         correction=correction,
         search=search,
         seed=config.seed,

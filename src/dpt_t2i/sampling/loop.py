@@ -11,6 +11,7 @@ branch needs no gradient: where its arithmetic is what costs, it goes first and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.lora import lora_disabled
 from dpt_t2i.backbones.types import GUIDANCE, TextStates
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
@@ -62,9 +64,9 @@ def sample(
     Raises:
         InputError: `eta` with another sampler than DDIM; numbers of latents, prompts and negative prompts that differ;
             correction without a scorer or under `torch.inference_mode`, its gradient is not finite, or it is fused in
-            mode `noise`.
+            mode `noise` or with `lora_draws` off.
     """
-    _check(correction, scorer)
+    _check(correction, scorer, settings)
     if not len(initial_latents) == len(text) == len(null):
         raise InputError(
             f"{len(initial_latents)} latents, {len(text)} prompts and {len(null)} negative prompts do not go together; "
@@ -91,7 +93,8 @@ def sample(
         if wanted and fused and index + 1 < steps:  # after the last step nothing is left to be moved
             prediction, shift, scores = _fused(backbone, z_state, timestep, told, null, scale, scorer, correction)
         else:
-            prediction, shift = _guided(backbone, z_state, z_cond, timestep, told, null, scale), None
+            with nullcontext() if settings.lora_draws else lora_disabled(backbone):
+                prediction, shift = _guided(backbone, z_state, z_cond, timestep, told, null, scale), None
         latents = scheduler.step(prediction, timestep, latents, return_dict=False, **noising)[0]
         if on_step is not None:
             on_step(Step(index, float(timestep), latents, scores))
@@ -130,7 +133,7 @@ def _noising(scheduler: Any, eta: float, generators: Sequence[torch.Generator] |
     return {"eta": eta, "generator": list(generators)}
 
 
-def _check(correction: CorrectionConfig, scorer: Scorer | None) -> None:
+def _check(correction: CorrectionConfig, scorer: Scorer | None, settings: SampleConfig) -> None:
     if correction.correct == 0:
         return
     if scorer is None:
@@ -139,6 +142,11 @@ def _check(correction: CorrectionConfig, scorer: Scorer | None) -> None:
         raise InputError(
             "`correction_fused` moves the next latent and needs `correction_mode` state; mode noise changes the very "
             "prediction that a fused gradient comes from"
+        )
+    if correction.correction_fused and not settings.lora_draws:
+        raise InputError(
+            "`correction_fused` reads score and prediction off one pass, of which with `lora_draws` off only the score "
+            "sees the LoRA; leave correction_fused out"
         )
     if correction.correction_fused and not isinstance(scorer, PredictingScorer):
         raise InputError(

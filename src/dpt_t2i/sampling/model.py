@@ -14,7 +14,7 @@ from dpt_t2i.backbones.fingerprint import lora_hash, weights_hash
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone
 from dpt_t2i.backbones.lora import load_lora
-from dpt_t2i.config import GenerateConfig, build_config
+from dpt_t2i.config import GenerateConfig, SampleConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of
 from dpt_t2i.sampling.judgement import Judgement, judge_image
@@ -99,11 +99,17 @@ class T2IModel:
             "adapter": None if self.adapter is None else weights_hash(self.adapter),
             "height": config.height or height,
             "width": config.width or width,
-            "sample": config.sample.model_dump(mode="json", exclude={"batch_size"}) | base,  # a batch changes none
+            "sample": _deciding(config.sample) | base,
             "correction": config.correction.model_dump(mode="json"),
             "own_noise": config.own_noise,
             "search": {**config.search.model_dump(mode="json"), "seed": config.seed},
         }
+
+
+def _deciding(settings: SampleConfig) -> dict[str, Any]:
+    """Of sampling all that decides an image; `lora_draws` where it is not as ever, so that older images still count."""
+    told = settings.model_dump(mode="json", exclude={"batch_size"})
+    return {name: value for name, value in told.items() if name != "lora_draws" or not value}
 
 
 def load_model(
