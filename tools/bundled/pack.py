@@ -25,6 +25,8 @@ from dpt_t2i.publish.privacy import public
 TARGET = Path("src/dpt_t2i/bundled")
 LIMIT_MB = 24.0
 PROJECTION = "text_projection.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
+STAGE_2 = ("tune_kept", "tune_further", "tune")  # runs of stage 2, the last one first
 
 
 def main() -> None:
@@ -53,8 +55,9 @@ def main() -> None:
     projection = torch.load(WORK / "text_projection.pt", weights_only=True)  # into the image encoder's space
     save_file({"text_projection.weight": projection["weight"]}, TARGET / "image_encoder" / PROJECTION)
     _take(WORK / "probe" / "adapter", learned / "probe" / "adapter")
-    _take(WORK / "tune" / "adapter", learned / "tuned" / "adapter")
-    _take(WORK / "tune" / "pytorch_lora_weights.safetensors", learned / "tuned" / "pytorch_lora_weights.safetensors")
+    tuned = next((WORK / name for name in STAGE_2 if (WORK / name / LORA).is_file()), WORK / STAGE_2[-1])
+    _take(tuned / "adapter", learned / "tuned" / "adapter")
+    _take(tuned / LORA, learned / "tuned" / LORA)
     for part in ("vae", "text_encoder", "unet"):
         half_weights(TARGET / "base" / part)
     half_weights(TARGET / "image_encoder")
