@@ -29,7 +29,7 @@ rows = {
     "base + correction": base.generate(texts, **corrected),
     "that, best of 4": base.generate(texts, **corrected, best_of=4),
     "DPT": tuned.generate(texts, **sampling),
-    "DPT + correction": tuned.generate(texts, **sampling, **correction, correct=0.02),
+    "DPT + correction": tuned.generate(texts, **sampling, **correction, correct=0.04),
 }
 sheet = Image.new("RGB", (SIDE * len(prompts), (SIDE + TEXT) * len(rows) + HEAD), "white")
 draw = ImageDraw.Draw(sheet)
