@@ -49,6 +49,14 @@ def test_the_loop_ends_with_a_report(base, tmp_path):
         assert (tmp_path / "demo" / artifact).is_file()
 
 
+def test_a_judge_that_does_not_draw_is_refused_before_anything_is_removed(base, tmp_path):
+    (tmp_path / "probe").mkdir()
+    settings = {"pretrained_model_name_or_path": str(base), "lora_draws": False, "output_dir": tmp_path}
+    with pytest.raises(InputError, match="leave lora_draws out"):
+        run_demo(build_config(DemoConfig, overrides=settings))
+    assert (tmp_path / "probe").is_dir()
+
+
 def test_a_base_that_ships_nothing_is_refused(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "bare")
     config = build_config(DemoConfig, overrides={"pretrained_model_name_or_path": str(tmp_path / "bare")})

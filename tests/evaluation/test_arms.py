@@ -88,6 +88,10 @@ def test_every_arm_takes_its_own_weights(base: Path) -> None:
 def test_who_draws_is_the_arms_affair(base: Path) -> None:
     with pytest.raises(InputError, match="`lora_draws` .* judge_correct"):
         recipe_of(ARMS["dpt"], config(base, sample=SampleConfig(lora_draws=False)))
+    fused = config(base, correction=CorrectionConfig(correct=0.1, correction_fused=True))
+    assert recipe_of(ARMS["dpt_correct"], fused).settings.correction.correction_fused
+    with pytest.raises(InputError, match="arm `judge_correct` draws by the plain base"):
+        recipe_of(ARMS["judge_correct"], fused)
 
 
 def test_sampling_is_the_same_for_every_arm(base: Path) -> None:

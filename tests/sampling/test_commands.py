@@ -39,6 +39,8 @@ def test_arms():
     assert arm_name(plain, has_lora=False) == "base"
     assert arm_name(plain, has_lora=True) == "tuned"
     assert arm_name(everything, has_lora=True) == "tuned+correct+best_of_4"
+    judging = build_config(GenerateConfig, overrides={"correct": 0.5, "lora_draws": False})
+    assert arm_name(judging, has_lora=True) == "judge+correct"
 
 
 def test_the_whole_command(tmp_path):

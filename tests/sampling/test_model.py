@@ -114,6 +114,13 @@ def test_the_plain_base_draws_and_the_lora_judges(base, monkeypatch):
         tuned.generate("a red circle", lora_draws=False, correction_fused=True, **corrected)
 
 
+@pytest.mark.parametrize("without", ["lora", "adapter"])
+def test_a_judge_needs_a_lora_and_its_adapter(base, without):
+    model = dpt_t2i.load(str(base), device="cpu", **{without: "none"})
+    with pytest.raises(InputError, match="`lora_draws` false .* needs a LoRA and its adapter"):
+        model.generate("a red circle", steps=1, lora_draws=False)
+
+
 def test_best_of_and_correction_need_an_adapter():
     with pytest.raises(InputError, match="best_of.*needs an adapter"):
         model(adapter=False).generate("a star", steps=1, best_of=2)

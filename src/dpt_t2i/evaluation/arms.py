@@ -107,7 +107,7 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
 
     Raises:
         InputError: a LoRA or adapter that the arm needs was neither given nor ships, no correction strength is known,
-            or `lora_draws` is off.
+            `lora_draws` is off, or the correction is fused and the LoRA only judges.
     """
     if not config.sample.lora_draws:
         raise InputError("`lora_draws` is what arms differ in; leave it out and name judge_correct or judge_best4")
@@ -119,6 +119,8 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
     if (arm.corrected or arm.best_of > 1) and adapter is None:
         raise InputError(f"arm `{arm.name}` needs an adapter: give --{for_adapter.flag}")
     correction = _correction(config, adapter) if arm.corrected else CorrectionConfig()
+    if arm.judges and correction.correction_fused:
+        raise InputError(f"arm `{arm.name}` draws by the plain base, which correction_fused cannot; leave that out")
     search = config.search.model_copy(update={"best_of": 1})
     settings = GenerateConfig(
         model=config.model,

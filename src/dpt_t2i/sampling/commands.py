@@ -47,8 +47,8 @@ def run_generate(config: GenerateConfig) -> dict[str, Any]:
 
 
 def arm_name(config: GenerateConfig, has_lora: bool) -> str:
-    """What a comparison calls this way of generating: `base`, `tuned+correct`, `tuned+best_of_4`, ..."""
-    parts = ["tuned" if has_lora else "base"]
+    """What a comparison calls this way of generating: `base`, `tuned+correct`, `judge+best_of_4`, ..."""
+    parts = ["tuned" if config.sample.lora_draws else "judge"] if has_lora else ["base"]
     if config.correction.correct > 0:
         parts.append("correct")
     if config.search.best_of > 1:

@@ -13,7 +13,7 @@ from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.fingerprint import lora_hash, weights_hash
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone
-from dpt_t2i.backbones.lora import load_lora
+from dpt_t2i.backbones.lora import load_lora, lora_parameters
 from dpt_t2i.config import GenerateConfig, SampleConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of
@@ -57,7 +57,13 @@ class T2IModel:
         return [made.image for made in self.run(jobs, config)]
 
     def run(self, jobs: Sequence[Job], config: GenerateConfig) -> Iterable[Generated]:
-        """The images of `jobs` as `config` says; scored if there is an adapter, the best of several if it asks so."""
+        """The images of `jobs` as `config` says; scored if there is an adapter, the best of several if it asks so.
+
+        Raises:
+            InputError: a search without an adapter, or `lora_draws` off without a LoRA and its adapter.
+        """
+        if not config.sample.lora_draws and (self.adapter is None or not lora_parameters(self.backbone)):
+            raise InputError("`lora_draws` false lets the LoRA judge and not draw; it needs a LoRA and its adapter")
         judge = self.judge(config.search.score_timestep, config.search.score_draws, config.seed)
         how = (config.sample, config.correction, self.scorer)
         if config.search.best_of == 1:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ TEXT_BATCH = 32  # texts in one pass
 PARTS = ("tokens", "pooled", "mask")
 
 Boxes = tuple[tuple[float, float, float, float], ...]
+Views = tuple[int, ...]  # numbers of a record's `_views`
 
 log = logging.getLogger(__name__)
 
@@ -128,16 +128,18 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
     cached = CachedEncodings(data.cache_dir, backbone, size, data.cache_dtype)
     records = open_records(data, "train", size)
     parts = [records[at : at + config.block_size] for at in range(0, len(records), config.block_size)]
-    pictures, bad = _picture_blocks(parts), Faults(data.on_bad)
-    names, texts = [_block_name(block, data, size) for block in pictures], _text_blocks(parts)
+    views, bad = _own_views(parts), Faults(data.on_bad)
+    names = [_block_name(part, own, data, size) for part, own in zip(parts, views, strict=True)]
+    texts = _text_blocks(parts)
     text_names = [content_key(*map(text_key, block)).hex() for block in texts]
 
     def first(blocks: Sequence[Any]) -> int:
         return len(blocks) * state.process_index // state.num_processes
 
-    latents = fill(
-        cached.latents, names, lambda n, beat: _latents(cached, pictures[n], config, size, bad, beat), first(names)
-    )
+    def encode(number: int, beat: Callable[[], None]) -> tuple[list[Key], Columns, int]:
+        return _latents(cached, zip(parts[number], views[number], strict=True), config, size, bad, beat)
+
+    latents = fill(cached.latents, names, encode, first(names))
     text = fill(cached.text, text_names, lambda n, beat: _text(cached, texts[n], beat), first(texts))
     left_out = sum(gathered([len(bad.found)], state))
     return _summary(gathered([(latents.rows, text.rows)], state), len(records), left_out, data.cache_dir, cached)
@@ -172,7 +174,7 @@ def _summary(
 @torch.no_grad()
 def _latents(
     cached: CachedEncodings,
-    block: Sequence[_Shown],
+    block: Iterable[tuple[Record, Views]],
     config: CacheConfig,
     size: int,
     bad: Faults,
@@ -182,7 +184,7 @@ def _latents(
     shown: dict[Key, bool] = {}  # and whether it was in the cache
 
     def missing() -> Iterator[Tensor]:  # as they are asked for: a block of large pictures would fill the memory
-        for square in (square for shown in block for square in _squares(shown, size, config.data, bad)):
+        for square in (square for record, own in block for square in _squares(record, own, size, config.data, bad)):
             key = pixels_key(square)
             if key not in shown:
                 shown[key] = key in cached.latents
@@ -216,14 +218,6 @@ def _text(cached: CachedEncodings, texts: Sequence[str], beat: Callable[[], None
     return list(missing), columns, len(texts) - len(missing)
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """A record, and those of its views that no record before it has."""
-
-    record: Record
-    views: tuple[int, ...]  # numbers in `_views`
-
-
 def _views(record: Record) -> list[tuple[ImageSource, Boxes]]:
     """All that `Examples` can show of a record, each a picture and the boxes that must stay in its square: as an
     example's own image (around an expression's boxes), as another's random one, and as a hard negative."""
@@ -232,9 +226,9 @@ def _views(record: Record) -> list[tuple[ImageSource, Boxes]]:
     return own + [(image, ()) for image in wrong]
 
 
-def _squares(shown: _Shown, size: int, data: TrainDataConfig, bad: Faults) -> list[Tensor]:
-    """Of its views. Training leaves out a record with a broken one, but others may show the rest of them."""
-    record, squares, fault = shown.record, list[Tensor](), None
+def _squares(record: Record, own: Views, size: int, data: TrainDataConfig, bad: Faults) -> list[Tensor]:
+    """Of its `own` views. Training leaves out a record with a broken one, but others may show the rest of them."""
+    squares, fault = list[Tensor](), None
     source, picture = record.image, None
     for number, (wanted, boxes) in enumerate(_views(record)):
         try:
@@ -246,7 +240,7 @@ def _squares(shown: _Shown, size: int, data: TrainDataConfig, bad: Faults) -> li
                 raise
             fault = fault or error
             continue
-        if number in shown.views:
+        if number in own:
             square, kept = fit_square(picture, boxes, size)
             squares.append(to_pixels(square))
             if data.random_flip:
@@ -256,20 +250,23 @@ def _squares(shown: _Shown, size: int, data: TrainDataConfig, bad: Faults) -> li
     return squares
 
 
-def _picture_blocks(parts: Iterable[Sequence[Record]]) -> list[list[_Shown]]:
-    """Each block of records with the views that no record before has: what stands in one block alone is encoded by one
-    process alone. A picture that is drawn, not a file, is a new one each time."""
-    seen: set[tuple[ImageSource, Boxes]] = set()
-    blocks = []
-    for part in parts:
-        block = []
-        for record in part:
-            views = _views(record)
-            new = [n for n, view in enumerate(views) if view not in seen and view not in views[:n]]
-            seen.update(views[n] for n in new if isinstance(views[n][0], Path))
-            block.append(_Shown(record, tuple(new)))
-        blocks.append(block)
-    return blocks
+def _own_views(parts: Iterable[Sequence[Record]]) -> list[list[Views]]:
+    """Of each record in each block the views that no record before has, so that one process alone encodes them. A
+    picture that is drawn, not a file, is a new one each time.
+
+    The records themselves are read again when their turn comes: millions would fill the memory.
+    """
+    seen: set[Key] = set()
+
+    def is_new(image: ImageSource, boxes: Boxes) -> bool:
+        if not isinstance(image, Path):
+            return True
+        key = content_key(str(image).encode(), repr(boxes).encode())
+        known = key in seen
+        seen.add(key)
+        return not known
+
+    return [[tuple(n for n, view in enumerate(_views(record)) if is_new(*view)) for record in part] for part in parts]
 
 
 def _text_blocks(parts: Iterable[Sequence[Record]]) -> list[list[str]]:
@@ -290,11 +287,10 @@ def _texts(record: Record) -> list[str]:
     return ["", *record.captions, *others]
 
 
-def _block_name(block: Sequence[_Shown], data: TrainDataConfig, size: int) -> str:
+def _block_name(records: Sequence[Record], views: Sequence[Views], data: TrainDataConfig, size: int) -> str:
     """Of all that decides which squares a block has. Where a record's key deceives, training looks by
     content, finds nothing, and encodes."""
-    views = [shown.views for shown in block]
-    return content_key(repr((size, data.random_flip, views)).encode(), *(record_key(s.record) for s in block)).hex()
+    return content_key(repr((size, data.random_flip, views)).encode(), *map(record_key, records)).hex()
 
 
 def _vocabularies(pipeline: Any) -> dict[str, str]:
