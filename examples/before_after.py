@@ -21,15 +21,14 @@ output = Path(sys.argv[1] if len(sys.argv) > 1 else "before_after.png")
 prompts = [numbered.prompt for numbered in open_suite("dev", 24)][::4][:PROMPTS]
 texts = [p.text for p in prompts]
 sampling = {"seeds": 0, "own_noise": True, "steps": 30, "guidance_scale": 2.5, "eta": 1}
-correction = {"correction_rule": "relative", "correction_end": 0.5}
 base, tuned = dpt_t2i.load(lora="none"), dpt_t2i.load()
-corrected = sampling | correction | {"correct": 0.04}
+corrected = sampling | {"correct": 0.04, "correction_rule": "relative", "correction_end": 0.5}
 rows = {
     "base": base.generate(texts, **sampling),
     "base + correction": base.generate(texts, **corrected),
-    "that, best of 4": base.generate(texts, **corrected, best_of=4),
     "DPT": tuned.generate(texts, **sampling),
-    "DPT + correction": tuned.generate(texts, **sampling, **correction, correct=0.04),
+    "DPT + correction": tuned.generate(texts, **corrected),
+    "DPT, best of 4": tuned.generate(texts, **sampling, best_of=4),
 }
 sheet = Image.new("RGB", (SIDE * len(prompts), (SIDE + TEXT) * len(rows) + HEAD), "white")
 draw = ImageDraw.Draw(sheet)
