@@ -52,7 +52,7 @@ def test_the_loop_ends_with_a_report(base, tmp_path):
 def test_a_judge_that_does_not_draw_is_refused_before_anything_is_removed(base, tmp_path):
     (tmp_path / "probe").mkdir()
     settings = {"pretrained_model_name_or_path": str(base), "lora_draws": False, "output_dir": tmp_path}
-    with pytest.raises(InputError, match="leave lora_draws out"):
+    with pytest.raises(InputError, match="leave no_lora_draws out"):
         run_demo(build_config(DemoConfig, overrides=settings))
     assert (tmp_path / "probe").is_dir()
 

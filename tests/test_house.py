@@ -129,6 +129,14 @@ def test_the_flags_in_the_docs_exist() -> None:
             assert flag == "config" or resolve_key(CLASSES[command], flag)
 
 
+def test_no_switch_in_the_docs_is_given_a_word() -> None:
+    """`--flag false` is refused by the command line: a switch is `--flag` or `--no_flag`."""
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    assert {
+        page.name: found for page in pages if (found := re.findall(r"--\w+ (?:true|false)\b", page.read_text()))
+    } == {}
+
+
 def test_every_setting_is_read_somewhere() -> None:
     # a flag that is parsed and never read is a promise that nobody keeps
     source = ROOT / "src" / "dpt_t2i"

@@ -44,7 +44,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     if not config.sample.lora_draws:
-        raise InputError("the demo shows what the LoRA draws; leave lora_draws out")
+        raise InputError("the demo shows what the LoRA draws; leave no_lora_draws out")
     base = config.model.pretrained_model_name_or_path
     lora, adapter = choose_artifacts(base, config.model.lora, config.model.adapter, config.model.revision)
     if lora is None or adapter is None:

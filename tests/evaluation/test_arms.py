@@ -86,7 +86,7 @@ def test_every_arm_takes_its_own_weights(base: Path) -> None:
 
 
 def test_who_draws_is_the_arms_affair(base: Path) -> None:
-    with pytest.raises(InputError, match="`lora_draws` .* judge_correct"):
+    with pytest.raises(InputError, match="`no_lora_draws` .* judge_correct"):
         recipe_of(ARMS["dpt"], config(base, sample=SampleConfig(lora_draws=False)))
     fused = config(base, correction=CorrectionConfig(correct=0.1, correction_fused=True))
     assert recipe_of(ARMS["dpt_correct"], fused).settings.correction.correction_fused

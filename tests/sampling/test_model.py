@@ -117,7 +117,7 @@ def test_the_plain_base_draws_and_the_lora_judges(base, monkeypatch):
 @pytest.mark.parametrize("without", ["lora", "adapter"])
 def test_a_judge_needs_a_lora_and_its_adapter(base, without):
     model = dpt_t2i.load(str(base), device="cpu", **{without: "none"})
-    with pytest.raises(InputError, match="`lora_draws` false .* needs a LoRA and its adapter"):
+    with pytest.raises(InputError, match="`no_lora_draws` .* needs a LoRA and its adapter"):
         model.generate("a red circle", steps=1, lora_draws=False)
 
 

@@ -110,7 +110,7 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
             `lora_draws` is off, or the correction is fused and the LoRA only judges.
     """
     if not config.sample.lora_draws:
-        raise InputError("`lora_draws` is what arms differ in; leave it out and name judge_correct or judge_best4")
+        raise InputError("`no_lora_draws` is what arms differ in; leave it out and name judge_correct or judge_best4")
     base, revision = config.model.pretrained_model_name_or_path, config.model.revision
     for_lora, for_adapter = _LORAS[arm.lora], _ADAPTERS[arm.adapter]
     lora, adapter = choose_artifacts(base, for_lora.of(config), for_adapter.of(config), revision)

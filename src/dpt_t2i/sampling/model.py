@@ -63,7 +63,7 @@ class T2IModel:
             InputError: a search without an adapter, or `lora_draws` off without a LoRA and its adapter.
         """
         if not config.sample.lora_draws and (self.adapter is None or not lora_parameters(self.backbone)):
-            raise InputError("`lora_draws` false lets the LoRA judge and not draw; it needs a LoRA and its adapter")
+            raise InputError("`no_lora_draws` lets the LoRA judge and not draw; it needs a LoRA and its adapter")
         judge = self.judge(config.search.score_timestep, config.search.score_draws, config.seed)
         how = (config.sample, config.correction, self.scorer)
         if config.search.best_of == 1:
