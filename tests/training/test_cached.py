@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpt_t2i.config import CacheConfig, ModelConfig, TrainDataConfig
 from dpt_t2i.data.examples import Examples, View, collate
+from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
 from dpt_t2i.scenes.commands import export_scenes
@@ -120,6 +121,21 @@ def test_each_picture_is_encoded_once_though_no_process_knows_of_the_others(data
     assert found["images_encoded"] == found["images"] == expected > 12
 
 
+def test_a_square_of_two_records_is_encoded_once_whatever_boxes_it_is_cut_around(data, run, folder, monkeypatch):
+    """Each record's negative is the picture of the record after it, which that one shows around its boxes: the picture
+    is a square, so all its squares are the same."""
+    file = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row, after in zip(rows, rows[1:], strict=False):
+        row["negative_file"] = after["file_name"]
+    assert all(row["expressions"] for row in rows)
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    expected = run(data.model_copy(update={"cache_dir": data.cache_dir / "one"}), block_size=100)["images"]
+    monkeypatch.setattr(module.Cache, "__contains__", lambda *_: False)  # as if all blocks were begun at one moment
+    found = run(data, block_size=1)
+    assert found["images_encoded"] == found["images"] == expected > 12
+
+
 def test_a_view_shared_with_a_record_that_is_left_out_is_not_lost(backbone, data, run, folder, monkeypatch):
     share_pictures(folder)
     file = folder / "metadata.jsonl"
@@ -188,6 +204,21 @@ def test_a_broken_picture_is_one_line_or_left_out_and_counted(data, run, folder,
     found = run(data.model_copy(update={"on_bad": "skip"}), block_size=2)
     assert found["left_out"] == 1 and "left out for a broken picture or box: 1" in found["summary"]
     assert found["images_encoded"] > 0 and caplog.text.count("left out: ") == 1 and broken.name in caplog.text
+
+
+def test_what_is_broken_is_told_by_the_block_of_its_record_alone(data, folder):
+    """Row 1 shows the broken picture of row 0 as its negative: the first block encodes both, and tells of its own."""
+    share_pictures(folder)
+    broken = folder / json.loads((folder / "metadata.jsonl").read_text().splitlines()[0])["file_name"]
+    broken.write_bytes(broken.read_bytes()[:200])
+    data = data.model_copy(update={"on_bad": "skip"})
+    records = open_records(data, "train", 32)
+    told = []
+    for share in module._shares(records, block_size=1):
+        bad = Faults("skip")
+        list(module._squares_of(records, share, data, 32, bad))
+        told.append(len(bad.found))
+    assert told == [1, 1, 0, 0, 0, 0]
 
 
 def test_a_box_outside_its_picture_is_not_cached_unseen(data, run, folder):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ TEXT_BATCH = 32  # texts in one pass
 PARTS = ("tokens", "pooled", "mask")
 
 Boxes = tuple[tuple[float, float, float, float], ...]
-Views = tuple[int, ...]  # numbers of a record's `_views`
 
 log = logging.getLogger(__name__)
 
@@ -128,8 +128,8 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
     cached = CachedEncodings(data.cache_dir, backbone, size, data.cache_dtype)
     records = open_records(data, "train", size)
     parts = [records[at : at + config.block_size] for at in range(0, len(records), config.block_size)]
-    views, bad = _own_views(parts), Faults(data.on_bad)
-    names = [_block_name(part, own, data, size) for part, own in zip(parts, views, strict=True)]
+    shares, bad = _shares(records, config.block_size), Faults(data.on_bad)
+    names = [_block_name(records, share, data, size) for share in shares]
     texts = _text_blocks(parts)
     text_names = [content_key(*map(text_key, block)).hex() for block in texts]
 
@@ -137,7 +137,8 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
         return len(blocks) * state.process_index // state.num_processes
 
     def encode(number: int, beat: Callable[[], None]) -> tuple[list[Key], Columns, int]:
-        return _latents(cached, zip(parts[number], views[number], strict=True), config, size, bad, beat)
+        squares = _squares_of(records, shares[number], data, size, bad)
+        return _latents(cached, squares, config.vae_batch_size, beat)
 
     latents = fill(cached.latents, names, encode, first(names))
     text = fill(cached.text, text_names, lambda n, beat: _text(cached, texts[n], beat), first(texts))
@@ -173,18 +174,13 @@ def _summary(
 
 @torch.no_grad()
 def _latents(
-    cached: CachedEncodings,
-    block: Iterable[tuple[Record, Views]],
-    config: CacheConfig,
-    size: int,
-    bad: Faults,
-    beat: Callable[[], None],
+    cached: CachedEncodings, block: Iterable[Tensor], vae_batch_size: int, beat: Callable[[], None]
 ) -> tuple[list[Key], Columns, int]:
     """Every square of a block that the cache does not have."""
     shown: dict[Key, bool] = {}  # and whether it was in the cache
 
     def missing() -> Iterator[Tensor]:  # as they are asked for: a block of large pictures would fill the memory
-        for square in (square for record, own in block for square in _squares(record, own, size, config.data, bad)):
+        for square in block:
             key = pixels_key(square)
             if key not in shown:
                 shown[key] = key in cached.latents
@@ -193,7 +189,7 @@ def _latents(
 
     means, log_variances = [], []
     squares = missing()
-    while batch := list(islice(squares, config.vae_batch_size)):
+    while batch := list(islice(squares, vae_batch_size)):
         pixels = torch.stack(batch).to(cached.backbone.device)
         mean, log_variance = encode_posterior(cached.backbone.pipeline.vae, pixels, cached.backbone.vae_scale)
         means.append(mean.cpu())
@@ -226,11 +222,62 @@ def _views(record: Record) -> list[tuple[ImageSource, Boxes]]:
     return own + [(image, ()) for image in wrong]
 
 
-def _squares(record: Record, own: Views, size: int, data: TrainDataConfig, bad: Faults) -> list[Tensor]:
-    """Of its `own` views. Training leaves out a record with a broken one, but others may show the rest of them."""
+@dataclass(frozen=True)
+class _Share:
+    """What a block has to do with a record."""
+
+    record: int  # its place in the data set
+    views: tuple[int, ...]  # numbers of those of its `_views` that this block encodes
+    guest: bool  # the record is another block's, which looks at all of it and reports what is broken
+
+
+def _shares(records: Sequence[Record], block_size: int) -> list[list[_Share]]:
+    """Of each block its records, and the later ones that show a picture file of theirs.
+
+    All views of a file are encoded by the first block that shows it, so that no two processes can be at the same square
+    in one moment, whatever boxes it is cut around. A picture that is drawn, not a file, is a new one each time.
+    The records themselves are read again when their turn comes: millions would fill the memory.
+    """
+    blocks: list[list[_Share]] = [[] for _ in range(0, len(records), block_size)]
+    homes: dict[Key, int] = {}  # file -> block
+    seen: set[Key] = set()  # file and boxes
+    for number, record in enumerate(records):
+        block = number // block_size
+        views: dict[int, list[int]] = {block: []}
+        for view, (image, boxes) in enumerate(_views(record)):
+            home, is_new = block, True
+            if isinstance(image, Path):
+                file, around = str(image).encode(), repr(boxes).encode()
+                home = homes.setdefault(content_key(file), block)
+                is_new = (key := content_key(file, around)) not in seen
+                seen.add(key)
+            if is_new:
+                views.setdefault(home, []).append(view)
+        for home, own in views.items():
+            blocks[home].append(_Share(number, tuple(own), guest=home != block))
+    return blocks
+
+
+def _squares_of(
+    records: Sequence[Record], shares: Iterable[_Share], data: TrainDataConfig, size: int, bad: Faults
+) -> Iterator[Tensor]:
+    """All squares of a block; what is broken in its own records is told to `bad`."""
+    for share in shares:
+        record = records[share.record]
+        squares, fault = _squares(record, share, size, data)
+        if fault is not None and not share.guest:
+            bad.report(f"{record.source}/{record.id}", str(fault))
+        yield from squares
+
+
+def _squares(record: Record, share: _Share, size: int, data: TrainDataConfig) -> tuple[list[Tensor], InputError | None]:
+    """Of the views in its share, and what is broken. Training leaves out a record with a broken view, but others may
+    show the rest of them. Raises `InputError` where the config says so."""
     squares, fault = list[Tensor](), None
     source, picture = record.image, None
     for number, (wanted, boxes) in enumerate(_views(record)):
+        if share.guest and number not in share.views:
+            continue
         try:
             if picture is None or wanted is not source:
                 source, picture = wanted, load_picture(wanted)
@@ -240,33 +287,12 @@ def _squares(record: Record, own: Views, size: int, data: TrainDataConfig, bad: 
                 raise
             fault = fault or error
             continue
-        if number in own:
+        if number in share.views:
             square, kept = fit_square(picture, boxes, size)
             squares.append(to_pixels(square))
             if data.random_flip:
                 squares.append(to_pixels(mirror(square, kept)[0]))
-    if fault is not None:
-        bad.report(f"{record.source}/{record.id}", str(fault))
-    return squares
-
-
-def _own_views(parts: Iterable[Sequence[Record]]) -> list[list[Views]]:
-    """Of each record in each block the views that no record before has, so that one process alone encodes them. A
-    picture that is drawn, not a file, is a new one each time.
-
-    The records themselves are read again when their turn comes: millions would fill the memory.
-    """
-    seen: set[Key] = set()
-
-    def is_new(image: ImageSource, boxes: Boxes) -> bool:
-        if not isinstance(image, Path):
-            return True
-        key = content_key(str(image).encode(), repr(boxes).encode())
-        known = key in seen
-        seen.add(key)
-        return not known
-
-    return [[tuple(n for n, view in enumerate(_views(record)) if is_new(*view)) for record in part] for part in parts]
+    return squares, fault
 
 
 def _text_blocks(parts: Iterable[Sequence[Record]]) -> list[list[str]]:
@@ -287,10 +313,12 @@ def _texts(record: Record) -> list[str]:
     return ["", *record.captions, *others]
 
 
-def _block_name(records: Sequence[Record], views: Sequence[Views], data: TrainDataConfig, size: int) -> str:
+def _block_name(records: Sequence[Record], shares: Sequence[_Share], data: TrainDataConfig, size: int) -> str:
     """Of all that decides which squares a block has. Where a record's key deceives, training looks by
     content, finds nothing, and encodes."""
-    return content_key(repr((size, data.random_flip, views)).encode(), *map(record_key, records)).hex()
+    views = tuple((share.views, share.guest) for share in shares)
+    keys = (record_key(records[share.record]) for share in shares)
+    return content_key(repr((size, data.random_flip, views)).encode(), *keys).hex()
 
 
 def _vocabularies(pipeline: Any) -> dict[str, str]:
