@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from tools.bundled.slots import NAMES, naming, slots_of
+from tools.bundled.slots import NAMES, NOTHING, naming, slots_of
 
 from dpt_t2i.scenes.world import COLORS, RELATIONS, SHAPES
 
@@ -17,7 +17,7 @@ def test_a_caption_names_both_things_on_their_sides() -> None:
     left, right, above, below = (RELATIONS.index(side) for side in ("left", "right", "above", "below"))
     assert slots[0, 0, left].tolist() == [SHAPES.index("circle"), COLOR_NAMES.index("red")]
     assert slots[0, 0, right].tolist() == [SHAPES.index("cross"), -1]  # no colour is named
-    assert (slots[0, 0, [above, below]] == -1).all()
+    assert slots[0, 0, [above, below]].tolist() == [[NOTHING, -1]] * 2  # "above" would be another caption
     assert (slots[0, 1] == -1).all()  # no side is named
 
 
@@ -31,12 +31,13 @@ def test_the_flipped_caption_and_the_exchanged_one_say_the_same() -> None:
 
 def test_loss_of_knowing_nothing_and_of_knowing_all() -> None:
     slots = torch.from_numpy(slots_of(np.array([["a red circle left of a cross", "two blue squares"]])))[0]
-    assert NAMES == 4 * (4 + 8)
+    assert NAMES == 4 * (5 + 8)
     nothing = naming(torch.zeros(2, NAMES), slots)
-    assert math.isclose(nothing.item(), math.log(4) + math.log(8), rel_tol=1e-6)  # uniform over shapes and over colours
-    sure = torch.zeros(2, 4, 4 + 8)
+    assert math.isclose(nothing.item(), math.log(5) + math.log(8), rel_tol=1e-6)  # uniform over shapes and over colours
+    sure = torch.zeros(2, 4, 5 + 8)
     sure[0, RELATIONS.index("left"), SHAPES.index("circle")] = 50
-    sure[0, RELATIONS.index("left"), 4 + COLOR_NAMES.index("red")] = 50
+    sure[0, RELATIONS.index("left"), 5 + COLOR_NAMES.index("red")] = 50
     sure[0, RELATIONS.index("right"), SHAPES.index("cross")] = 50
+    sure[0, [RELATIONS.index("above"), RELATIONS.index("below")], NOTHING] = 50
     assert naming(sure.flatten(1), slots).item() < 1e-6
     assert naming(torch.ones(1, NAMES), slots[1:]).item() == 0  # a batch in which nothing is named

@@ -1,11 +1,16 @@
 """Drawn examples as records: pixels of the boxes, what goes where, the same record wherever it is drawn."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
+from dpt_t2i.config import DataConfig
+from dpt_t2i.config.sections import SceneCategory
 from dpt_t2i.data.scenes import SceneRecords, scene_record
-from dpt_t2i.scenes.example import Example, HardNegative
-from dpt_t2i.scenes.language import Caption
+from dpt_t2i.data.sources import open_records
+from dpt_t2i.scenes.example import Example, HardNegative, make_example
+from dpt_t2i.scenes.language import Caption, Category
 from dpt_t2i.scenes.referring import Referring
 from dpt_t2i.scenes.world import Background, Scene, SceneObject
 
@@ -104,3 +109,19 @@ def test_length_and_ends():
         with pytest.raises(IndexError):
             records[index]
     assert records[3:] == []
+
+
+def test_categories_come_in_turn_and_the_held_out_examples_stay_as_they_are():
+    wanted = ("position", "counting", "position")
+    drawn = SceneRecords("train", 12, 32, seed=2, categories=wanted)
+    told = [make_example(i, seed=2, category=wanted[i % 3]).caption for i in range(12)]
+    assert [record.captions[0] for record in drawn] == [caption.text for caption in told]
+    assert [caption.category for caption in told] == [*wanted] * 4
+    config = DataConfig(scene_categories=wanted, data_seed=2, val_samples=4)
+    assert open_records(config, "train", 32)[4].captions == drawn[4].captions
+    plain = open_records(DataConfig(data_seed=2, val_samples=4), "val", 32)
+    assert [r.captions for r in open_records(config, "val", 32)] == [r.captions for r in plain]
+
+
+def test_the_config_knows_the_worlds_categories():
+    assert get_args(SceneCategory) == get_args(Category)

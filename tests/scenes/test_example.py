@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 
 import pytest
@@ -51,6 +52,24 @@ def test_captions_are_true_and_negatives_false(examples):
         assert not holds(near, example.scene), near
         assert holds(near, example.negative.scene), near
         assert not holds(told, example.negative.scene), told
+
+
+def test_a_turned_side_is_turned_on_the_spot_where_there_is_room(examples):
+    """Both stand about the same middle, on the same ground, and a little to the side that the caption told."""
+    kept = total = 0
+    for example in examples:
+        if example.negative.rule != "turn_relation":
+            continue
+        total += 1
+        (a, b), (c, d) = example.scene.objects, example.negative.scene.objects
+        if not math.isclose(a.cx + b.cx, c.cx + d.cx) or not math.isclose(a.cy + b.cy, c.cy + d.cy):
+            continue
+        kept += 1
+        assert (abs(a.cx - b.cx) > abs(a.cy - b.cy)) != (abs(c.cx - d.cx) > abs(c.cy - d.cy))
+        wide = abs(a.cx - b.cx) > abs(a.cy - b.cy)
+        assert (a.cx > b.cx) == (c.cx > d.cx) if wide else (a.cy > b.cy) == (c.cy > d.cy)
+        assert example.negative.scene.background == example.scene.background
+    assert total > 100 and kept > 0.25 * total
 
 
 def test_the_judge_agrees_with_the_second_reader(examples):
@@ -125,5 +144,6 @@ def test_every_category_and_rule_occurs(examples):
     assert min(categories.values()) > 0.04 * len(examples)
     rules = Counter(example.negative.rule for example in examples)
     assert set(rules) == {
-        "flip_relation", "swap_objects", "swap_colors", "change_count", "replace_color", "replace_shape",
+        "flip_relation", "turn_relation", "swap_objects", "swap_colors", "change_count", "replace_color",
+        "replace_shape",
     }  # fmt: skip

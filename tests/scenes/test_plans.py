@@ -77,6 +77,7 @@ def test_negatives_of_a_side_by_hand():
     red_triangle, yellow_cross = Mention(Phrase("triangle", "red")), Mention(Phrase("cross", "yellow"))
     rules = near(Plan("position", (red_triangle, yellow_cross), relation="left"))
     assert rules["flip_relation"] == {"a red triangle right of a yellow cross"}
+    assert rules["turn_relation"] == {"a red triangle above a yellow cross", "a red triangle below a yellow cross"}
     assert rules["swap_objects"] == {"a yellow cross left of a red triangle"}
     assert "swap_colors" not in rules  # a yellow triangle is held out
     # Each colour but its own and the held-out one: no white triangle, no green cross.
@@ -111,7 +112,7 @@ def test_negatives_of_a_number_by_hand():
 def test_the_closest_negatives_come_first():
     rng = np.random.default_rng(5)
     firsts = Counter(next(near_plans(draw_plan("position", rng), rng))[1] for _ in range(200))
-    assert firsts["flip_relation"] > 50 and firsts["swap_objects"] > 50
+    assert firsts["flip_relation"] > 25 and firsts["swap_objects"] > 25 and firsts["turn_relation"] > 50
     assert sum(n for rule, n in firsts.items() if rule.startswith("replace")) < 40  # where all swaps are held out
 
 

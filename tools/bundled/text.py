@@ -2,6 +2,7 @@
 
     python tools/bundled/text.py --samples 200000
     python tools/bundled/text.py --samples 600000 --weights src/dpt_t2i/bundled     # go on from committed encoders
+    ... --weights src/dpt_t2i/bundled --hold 10     # and keep what a denoiser that learned with them reads
 
 Both captions of an example (true, and hard negative) and both pictures stand in one batch, so that the pooled vector
 has to tell word order and who wears which colour. The text encoder is frozen afterwards.
@@ -10,6 +11,7 @@ has to tell word order and who wears which colour. The text encoder is frozen af
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -35,8 +37,10 @@ from transformers import (
 MAX_LENGTH = 32
 EXPRESSION_SHARE = 0.15  # of the pairs are a referring expression instead of a caption
 HARD_WEIGHT = 1.0  # of telling an example's own two captions (pictures) apart, beside the whole batch's
-SIDES = ("flip_relation", "swap_objects")  # the rules that are hardest to tell
+SIDES = ("flip_relation", "turn_relation", "swap_objects")  # the rules that are hardest to tell
 SIDES_SHOWN = 3  # times as often as the others
+APART = 0.5  # cosine of a caption's pooled vector with its hard negative's, above which it costs
+APART_WEIGHT = 5.0
 SLOT_SCALE = 10.0  # of the unit embeddings that name
 SLOT_WEIGHT = 0.5  # of naming what stands left, right, above and below
 
@@ -99,7 +103,10 @@ class Pair(nn.Module):
         self.text_projection.weight.data = state["text_projection.weight"].float()
 
     def embed_text(self, ids: Tensor) -> Tensor:
-        return F.normalize(self.text_projection(self.text(ids).pooler_output), dim=-1)
+        return self.project(self.text(ids).pooler_output)
+
+    def project(self, pooled: Tensor) -> Tensor:
+        return F.normalize(self.text_projection(pooled), dim=-1)
 
     def embed_image(self, images: Tensor) -> Tensor:
         return F.normalize(self.image(images).image_embeds, dim=-1)
@@ -116,6 +123,21 @@ def contrast(text: Tensor, image: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     return batch, hard
 
 
+def crowded(pooled: Tensor) -> Tensor:
+    """How near the pooled vectors [2B, D] of captions and of their hard negatives are. Stage 1 compares what it reads
+    with these, not with their projections, and learns slowly what lies close."""
+    return (F.cosine_similarity(*pooled.chunk(2)) - APART).clamp(min=0).square().mean()
+
+
+def moved(states: Tensor, before: Tensor, pooled: Tensor) -> Tensor:
+    """How far token states [B, L, D] are from those before, as a share of the variance of these; the state at `pooled`
+    [B] is left out, for it has to tell more than it did."""
+    rest = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    rest[torch.arange(len(states), device=states.device), pooled] = False
+    change, spread = (states - before)[rest], (before - before.mean((0, 1)))[rest]
+    return change.square().sum() / spread.square().sum()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=200_000)
@@ -128,6 +150,7 @@ def main() -> None:
     )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weights", type=Path, default=None, help="package data whose encoders to start from")
+    parser.add_argument("--hold", type=float, default=0.0, help="weight of keeping the token states of `weights`")
     args = parser.parse_args()
     rank, world = join()
     device = start("text")
@@ -142,6 +165,7 @@ def main() -> None:
     model = Pair(tokenizer)
     if args.weights:
         model.load(args.weights)
+    before = copy.deepcopy(model.text).to(device).requires_grad_(False).eval() if args.hold else None
     model.to(device).train()
     held = len(pool.images) - 1000  # the last examples measure, and are not trained on
     sides = np.flatnonzero(np.isin(pool.rules[:held], SIDES))
@@ -154,16 +178,32 @@ def main() -> None:
         referred = mix.random((len(rows), 1, 1)) < EXPRESSION_SHARE
         texts = np.where(referred, referring[rows], ids[rows])
         named = torch.from_numpy(_both(np.where(referred[..., None], -1, slots[rows]))).to(device)
-        images, tokens = _both(pool.images[rows]), _trim(_both(texts), tokenizer.eos_token_id)
+        images, tokens = _both(pool.images[rows]), _both(texts)
+        if before is None:
+            tokens = _trim(tokens, tokenizer.eos_token_id)
         scale = model.logit_scale.exp().clamp(max=100)
-        text, image = model.embed_text(torch.from_numpy(tokens).to(device)), model.embed_image(pixels(images, device))
+        read = model.text(known := torch.from_numpy(tokens).to(device))
+        text, image = model.project(read.pooler_output), model.embed_image(pixels(images, device))
         batch, hard = contrast(text, image, scale)
         side = naming(SLOT_SCALE * model.slots(text), named) + naming(SLOT_SCALE * model.slots(image), named)
+        crowd, kept = crowded(read.pooler_output), batch.new_zeros(())
+        if before is not None:
+            ends = (known == tokenizer.eos_token_id).int().argmax(dim=1)
+            kept = moved(read.last_hidden_state, before(known).last_hidden_state, ends)
         stage.update(
-            batch + HARD_WEIGHT * hard + SLOT_WEIGHT * side, len(images) * world, rate(stage.step, total, stage.lr)
+            batch + HARD_WEIGHT * hard + SLOT_WEIGHT * side + APART_WEIGHT * crowd + args.hold * kept,
+            len(images) * world,
+            rate(stage.step, total, stage.lr),
         )
         if rank == 0 and stage.step % 100 == 0:
-            stage.say(batch=batch.item(), hard=hard.item(), side=side.item(), scale=scale.item())
+            stage.say(
+                batch=batch.item(),
+                hard=hard.item(),
+                side=side.item(),
+                crowd=crowd.item(),
+                moved=kept.item(),
+                scale=scale.item(),
+            )
         if rank == 0 and stage.step % 500 == 0:
             stage.save()
             log.info("text: held-out hard accuracy %s", accuracy(model, pool, ids, held, device))

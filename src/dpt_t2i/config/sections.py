@@ -102,6 +102,11 @@ class AtlasConfig(Section):
     timestep_buckets: Positive = Field(10, description="equal parts of the timesteps, each measured at its middle")
 
 
+SceneCategory = Literal[  # as `dpt_t2i.scenes.language.Category`, which this room may not import
+    "single_object", "two_objects", "counting", "colors", "position", "color_attribution", "several"
+]
+
+
 class DataConfig(Section):
     dataset: str = Field(
         "scenes",
@@ -140,6 +145,10 @@ class DataConfig(Section):
         description="loader processes; changes what is seen of streamed shards alone, which are dealt out to them",
     )
     data_seed: int = Field(0, ge=0, description="seed of the example order and of every random choice in the data")
+    scene_categories: tuple[SceneCategory, ...] = Field(
+        (),
+        description="scenes: train on these in turn, as often as each stands here; default: the world's own mix",
+    )
     max_samples: Annotated[int, Field(gt=1)] | None = Field(None, description="use only the first N records")
     val_samples: Positive = Field(256, description="held-out examples of a validation")
 

@@ -7,15 +7,27 @@ from functools import partial
 
 from dpt_t2i.data.records import Expression, Negative, Record
 from dpt_t2i.scenes.example import Example, Split, make_example
+from dpt_t2i.scenes.language import Category
 from dpt_t2i.scenes.render import render
 from dpt_t2i.scenes.world import Box
 
 
 class SceneRecords(Sequence[Record]):
-    """`length` examples of a split at `size` pixels; record i is the same wherever and whenever it is drawn."""
+    """`length` examples of a split at `size` pixels; record i is the same wherever and whenever it is drawn.
 
-    def __init__(self, split: Split = "train", length: int = 100_000, size: int = 64, seed: int = 0) -> None:
-        self.split, self.length, self.size, self.seed = split, length, size, seed
+    Args:
+        categories: record i is of the (i mod their number)-th; without any, of one drawn from the world's own mix.
+    """
+
+    def __init__(
+        self,
+        split: Split = "train",
+        length: int = 100_000,
+        size: int = 64,
+        seed: int = 0,
+        categories: Sequence[Category] = (),
+    ) -> None:
+        self.split, self.length, self.size, self.seed, self.categories = split, length, size, seed, categories
 
     def __len__(self) -> int:
         return self.length
@@ -25,7 +37,8 @@ class SceneRecords(Sequence[Record]):
             return [self[i] for i in range(*index.indices(self.length))]
         if not 0 <= index < self.length:
             raise IndexError(index)
-        example = make_example(index, seed=self.seed, split=self.split)
+        category = self.categories[index % len(self.categories)] if self.categories else None
+        example = make_example(index, seed=self.seed, split=self.split, category=category)
         return scene_record(example, f"{self.split}-{self.seed}-{index:06d}", self.size)
 
 

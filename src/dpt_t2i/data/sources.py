@@ -57,7 +57,8 @@ def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[R
     """
     if config.dataset == "scenes" and config.data_format in ("auto", "scenes"):
         length = config.val_samples if split == "val" else config.max_samples or SCENES_TRAIN
-        return SceneRecords(split, length, resolution, config.data_seed)
+        categories = config.scene_categories if split == "train" else ()
+        return SceneRecords(split, length, resolution, config.data_seed, categories)
     faults = Faults(config.on_bad)
     records: Sequence[Record]
     if is_streamed(config):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import copysign
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from dpt_t2i.scenes.language import Caption, Category, Plan, caption, facts_of
 from dpt_t2i.scenes.layout import clearly, draw_object, draw_scene, draw_shade, fits
 from dpt_t2i.scenes.plans import TRAINING_MIX, draw_plan, near_plans
 from dpt_t2i.scenes.referring import Referring, refer
-from dpt_t2i.scenes.world import EXTENTS, Scene, SceneObject, scene_held_out
+from dpt_t2i.scenes.world import EXTENTS, Relation, Scene, SceneObject, scene_held_out
 
 Split = Literal["train", "val", "heldout"]
 _STREAMS: dict[str, int] = {"train": 11, "val": 23, "heldout": 37}
@@ -95,7 +96,7 @@ def _cast(plan: Plan, rng: Generator) -> list[Phrase]:
 
 
 def _restage(plan: Plan, base: Scene, rng: Generator) -> Scene | None:
-    """Change as little of `base` as makes the plan true: recast in place, swap positions, add or drop things."""
+    """Change as little of `base` as makes the plan true: recast in place, swap or turn places, add or drop things."""
     objects = list(base.objects)
     wanted = [m.phrase for m in plan.mentions] * (plan.count or 1)
     while len(objects) > len(wanted):
@@ -108,11 +109,25 @@ def _restage(plan: Plan, base: Scene, rng: Generator) -> Scene | None:
             objects.append(draw_object(replace(phrase, size=phrase.size or sorted(sizes)[-1]), rng))
     if plan.relation is not None and not clearly(plan.relation, objects[0], objects[1]):
         a, b = objects
-        objects = [replace(a, cx=b.cx, cy=b.cy), replace(b, cx=a.cx, cy=a.cy)]
+        exchanged = [replace(a, cx=b.cx, cy=b.cy), replace(b, cx=a.cx, cy=a.cy)]
+        objects = exchanged if clearly(plan.relation, *exchanged) else _turn(plan.relation, a, b)
         if not clearly(plan.relation, objects[0], objects[1]):
             return None
     scene = Scene(tuple(objects), base.background)
     return scene if fits(objects) and true_of(facts_of(plan), scene) else None
+
+
+def _turn(relation: Relation, a: SceneObject, b: SceneObject) -> list[SceneObject]:
+    """Both about the middle between them, so that a stands `relation` of b and still a little where it stood before."""
+    dx, dy = a.cx - b.cx, a.cy - b.cy
+    short, long = sorted((abs(dx), abs(dy)))
+    far = long if relation in ("right", "below") else -long
+    x, y = (far, copysign(short, dy)) if relation in ("left", "right") else (copysign(short, dx), far)
+    middle_x, middle_y = (a.cx + b.cx) / 2, (a.cy + b.cy) / 2
+    return [
+        replace(a, cx=middle_x + x / 2, cy=middle_y + y / 2),
+        replace(b, cx=middle_x - x / 2, cy=middle_y - y / 2),
+    ]
 
 
 def _recast(thing: SceneObject, phrase: Phrase, rng: Generator) -> SceneObject:

@@ -98,7 +98,11 @@ def near_plans(plan: Plan, rng: Generator) -> Iterator[tuple[Plan, str]]:
 def _swaps(plan: Plan) -> Iterator[tuple[Plan, str]]:
     mentions = plan.mentions
     if plan.relation is not None:
-        yield replace(plan, relation=OPPOSITE[plan.relation]), "flip_relation"
+        opposite = OPPOSITE[plan.relation]
+        yield replace(plan, relation=opposite), "flip_relation"
+        for across in RELATIONS:
+            if across not in (plan.relation, opposite):
+                yield replace(plan, relation=across), "turn_relation"
     for i in range(len(mentions)):
         for j in range(i + 1, len(mentions)):
             a, b = mentions[i].phrase, mentions[j].phrase
