@@ -1,14 +1,17 @@
 """Go on from the committed weights on a machine that has no `runs/bundled`.
 
     python tools/bundled/restore.py
+    python tools/bundled/restore.py --encoders tools/bundled/next     # younger ones than the package's
 
-Finished parts (autoencoder, tokenizer, text encoder, image encoder) come from the package data, so that `latents.py`
-and `unet.py --weights src/dpt_t2i/bundled/base/unet` can run after `pool.py` alone.
+Finished parts (autoencoder, tokenizer, text encoder, image encoder, denoiser) come from the package data, so that
+`latents.py` and `unet.py --weights src/dpt_t2i/bundled/base/unet` can run after `pool.py` alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
+from pathlib import Path
 
 import torch
 from common import BASE, WORK, log, start
@@ -17,14 +20,17 @@ from safetensors.torch import load_file
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--encoders", type=Path, default=TARGET, help="folder with text and image encoder")
+    encoders = parser.parse_args().encoders
     start("restore")
-    for part in ("vae", "tokenizer", "text_encoder", "scheduler"):
+    for part in ("vae", "tokenizer", "text_encoder", "unet", "scheduler"):
         if not (BASE / part).exists():
-            shutil.copytree(TARGET / "base" / part, BASE / part)
+            shutil.copytree((encoders if part == "text_encoder" else TARGET) / "base" / part, BASE / part)
             log.info("restore: %s", BASE / part)
     if not (WORK / "image_encoder").exists():
-        shutil.copytree(TARGET / "image_encoder", WORK / "image_encoder")
-    projection = load_file(TARGET / "image_encoder" / PROJECTION)["text_projection.weight"]
+        shutil.copytree(encoders / "image_encoder", WORK / "image_encoder")
+    projection = load_file(encoders / "image_encoder" / PROJECTION)["text_projection.weight"]
     torch.save({"weight": projection.float()}, WORK / "text_projection.pt")
 
 
