@@ -9,6 +9,7 @@ from dpt_t2i.config import DataConfig
 from dpt_t2i.config.sections import SceneCategory
 from dpt_t2i.data.scenes import SceneRecords, scene_record
 from dpt_t2i.data.sources import open_records
+from dpt_t2i.errors import InputError
 from dpt_t2i.scenes.example import Example, HardNegative, make_example
 from dpt_t2i.scenes.language import Caption, Category
 from dpt_t2i.scenes.referring import Referring
@@ -121,6 +122,11 @@ def test_categories_come_in_turn_and_the_held_out_examples_stay_as_they_are():
     assert open_records(config, "train", 32)[4].captions == drawn[4].captions
     plain = open_records(DataConfig(data_seed=2, val_samples=4), "val", 32)
     assert [r.captions for r in open_records(config, "val", 32)] == [r.captions for r in plain]
+
+
+def test_categories_of_another_data_set_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="scene_categories choose among scenes"):
+        open_records(DataConfig(dataset=str(tmp_path), scene_categories=("position",)), "train", 32)
 
 
 def test_the_config_knows_the_worlds_categories():

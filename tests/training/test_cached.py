@@ -121,15 +121,19 @@ def test_each_picture_is_encoded_once_though_no_process_knows_of_the_others(data
     assert found["images_encoded"] == found["images"] == expected > 12
 
 
-def test_a_square_of_two_records_is_encoded_once_whatever_boxes_it_is_cut_around(data, run, folder, monkeypatch):
-    """Each record's negative is the picture of the record after it, which that one shows around its boxes: the picture
-    is a square, so all its squares are the same."""
+def show_the_next_picture(folder):
+    """Each record's negative becomes the picture of the record after it, which that one shows around its boxes."""
     file = folder / "metadata.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(row["expressions"] for row in rows)
     for row, after in zip(rows, rows[1:], strict=False):
         row["negative_file"] = after["file_name"]
-    assert all(row["expressions"] for row in rows)
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def test_a_square_of_two_records_is_encoded_once_whatever_boxes_it_is_cut_around(data, run, folder, monkeypatch):
+    """The pictures are squares, so all squares of one are the same."""
+    show_the_next_picture(folder)
     expected = run(data.model_copy(update={"cache_dir": data.cache_dir / "one"}), block_size=100)["images"]
     monkeypatch.setattr(module.Cache, "__contains__", lambda *_: False)  # as if all blocks were begun at one moment
     found = run(data, block_size=1)
@@ -207,18 +211,19 @@ def test_a_broken_picture_is_one_line_or_left_out_and_counted(data, run, folder,
 
 
 def test_what_is_broken_is_told_by_the_block_of_its_record_alone(data, folder):
-    """Row 1 shows the broken picture of row 0 as its negative: the first block encodes both, and tells of its own."""
-    share_pictures(folder)
-    broken = folder / json.loads((folder / "metadata.jsonl").read_text().splitlines()[0])["file_name"]
+    """The first block encodes all of row 1's picture, which is row 0's negative: row 1 is its guest."""
+    show_the_next_picture(folder)
+    broken = folder / json.loads((folder / "metadata.jsonl").read_text().splitlines()[1])["file_name"]
     broken.write_bytes(broken.read_bytes()[:200])
     data = data.model_copy(update={"on_bad": "skip"})
     records = open_records(data, "train", 32)
-    told = []
-    for share in module._shares(records, block_size=1):
+    shares, told = module._shares(records, block_size=1), []
+    assert [[one.record for one in share if one.guest] for share in shares] == [[1], [2], [3], [4], [5], []]
+    for share in shares:
         bad = Faults("skip")
         list(module._squares_of(records, share, data, 32, bad))
-        told.append(len(bad.found))
-    assert told == [1, 1, 0, 0, 0, 0]
+        told.append([fault.where for fault in bad.found])
+    assert told == [[f"{record.source}/{record.id}"] for record in records[:2]] + [[]] * 4
 
 
 def test_a_box_outside_its_picture_is_not_cached_unseen(data, run, folder):

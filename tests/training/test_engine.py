@@ -212,6 +212,14 @@ def test_going_on_with_other_examples_is_refused(tmp_path, accelerator, change, 
     )
 
 
+def test_going_on_with_scenes_of_other_categories_is_refused(tmp_path, accelerator):
+    train(job(tmp_path, max_train_steps=1), accelerator)
+    again = job(tmp_path, resume_from_checkpoint="latest")
+    other = fed(again, data=again.feed.data.model_copy(update={"scene_categories": ("counting",)}))
+    with pytest.raises(InputError, match=r"scene_categories = \[\], this run has \['counting'\]"):
+        train(other, accelerator)
+
+
 def test_a_run_by_hand(tmp_path, accelerator):
     """Constant gradients let AdamW move by the rate, so w tells the sum of all rates."""
     figures = iter({"itm_text": value} for value in (0.1, 0.2, 0.3))

@@ -24,14 +24,23 @@ def main() -> None:
     parser.add_argument("--encoders", type=Path, default=TARGET, help="folder with text and image encoder")
     encoders = parser.parse_args().encoders
     start("restore")
-    for part in ("vae", "tokenizer", "text_encoder", "unet", "scheduler"):
-        if not (BASE / part).exists():
-            shutil.copytree((encoders if part == "text_encoder" else TARGET) / "base" / part, BASE / part)
-            log.info("restore: %s", BASE / part)
-    if not (WORK / "image_encoder").exists():
-        shutil.copytree(encoders / "image_encoder", WORK / "image_encoder")
+    _give(encoders / "base/text_encoder", BASE / "text_encoder")
+    _give(encoders / "image_encoder", WORK / "image_encoder")
     projection = load_file(encoders / "image_encoder" / PROJECTION)["text_projection.weight"]
     torch.save({"weight": projection.float()}, WORK / "text_projection.pt")
+    for part in ("vae", "tokenizer", "unet", "scheduler"):
+        if not (BASE / part).exists():
+            _give(TARGET / "base" / part, BASE / part)
+    if encoders != TARGET and (probe := encoders / "base/dpt/probe/adapter").is_dir():
+        _give(probe, WORK / "probe/adapter")
+
+
+def _give(source: Path, target: Path) -> None:
+    """Copy a finished part. Encoders, projection and adapter belong together: one that is there stops the command."""
+    if target.exists():
+        raise SystemExit(f"restore: {target} is there; move it away first")
+    shutil.copytree(source, target)
+    log.info("restore: %s", target)
 
 
 if __name__ == "__main__":

@@ -124,8 +124,8 @@ def contrast(text: Tensor, image: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
 
 
 def crowded(pooled: Tensor) -> Tensor:
-    """How near the pooled vectors [2B, D] of captions and of their hard negatives are. Stage 1 compares what it reads
-    with these, not with their projections, and learns slowly what lies close."""
+    """How near the pooled vectors [2B, D] of texts and of their hard negatives are. Stage 1 compares what it reads with
+    these, not with their projections, and learns slowly what lies close. Referring expressions count as captions do."""
     return (F.cosine_similarity(*pooled.chunk(2)) - APART).clamp(min=0).square().mean()
 
 
@@ -152,6 +152,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=None, help="package data whose encoders to start from")
     parser.add_argument("--hold", type=float, default=0.0, help="weight of keeping the token states of `weights`")
     args = parser.parse_args()
+    if args.hold and args.weights is None:
+        parser.error("--hold keeps the token states of --weights; name some")
     rank, world = join()
     device = start("text")
     pool = read_pool()

@@ -52,13 +52,17 @@ def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[R
     record of the same pictures.
 
     Raises:
-        InputError: files are missing or broken, too few records to hold anything out, or, with `on_bad: error`, a
-            broken record.
+        InputError: files are missing or broken, too few records to hold anything out, scene_categories of another data
+            set than scenes, or, with `on_bad: error`, a broken record.
     """
     if config.dataset == "scenes" and config.data_format in ("auto", "scenes"):
         length = config.val_samples if split == "val" else config.max_samples or SCENES_TRAIN
         categories = config.scene_categories if split == "train" else ()
         return SceneRecords(split, length, resolution, config.data_seed, categories)
+    if config.scene_categories:
+        raise InputError(
+            f"scene_categories choose among scenes, and the data set is `{config.dataset}`; leave them out"
+        )
     faults = Faults(config.on_bad)
     records: Sequence[Record]
     if is_streamed(config):

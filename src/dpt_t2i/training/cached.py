@@ -222,7 +222,7 @@ def _views(record: Record) -> list[tuple[ImageSource, Boxes]]:
     return own + [(image, ()) for image in wrong]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Share:
     """What a block has to do with a record."""
 
@@ -235,7 +235,7 @@ def _shares(records: Sequence[Record], block_size: int) -> list[list[_Share]]:
     """Of each block its records, and the later ones that show a picture file of theirs.
 
     All views of a file are encoded by the first block that shows it, so that no two processes can be at the same square
-    in one moment, whatever boxes it is cut around. A picture that is drawn, not a file, is a new one each time.
+    in one moment, whatever boxes it is cut around. One that is drawn, or lies in a shard or a row, is new each time.
     The records themselves are read again when their turn comes: millions would fill the memory.
     """
     blocks: list[list[_Share]] = [[] for _ in range(0, len(records), block_size)]

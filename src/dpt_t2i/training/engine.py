@@ -245,6 +245,7 @@ def _identity(job: Job, accelerator: Accelerator) -> dict[str, Any]:
         * accelerator.num_processes,
         "seed": feed.seed,
         "data_seed": feed.data.data_seed,
+        "scene_categories": list(feed.data.scene_categories),
         **feed.examples.identity(feed.data.dataloader_num_workers),
     }
 
