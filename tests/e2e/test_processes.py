@@ -195,6 +195,7 @@ def test_two_processes_fill_the_cache_that_one_fills(base: str, tmp_path: Path) 
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
     told = json.loads(line)
     assert told["records"] == 24 and told["images"] + told["texts"] == len(want)
-    assert len(told["by_process"]) == 2 and all(images for images, _ in told["by_process"]), "both took blocks"
+    # Who comes late on a busy machine finds fewer blocks left, of one kind perhaps none.
+    assert len(told["by_process"]) == 2 and all(images + texts for images, texts in told["by_process"]), "both worked"
     assert told["images_encoded"] == told["images"] > 2 * 24, "each picture once"
     assert told["texts_encoded"] == told["texts"] > 2 * 24, "each text once, though many stand in several blocks"
