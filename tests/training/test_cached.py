@@ -104,36 +104,44 @@ def test_each_text_is_encoded_once_though_no_process_knows_of_the_others(data, r
     assert found["texts_encoded"] == found["texts"] > 6
 
 
-def share_pictures(folder):
-    """Each record's hard negative becomes the picture of the record before it."""
+def change_rows(folder, change):
+    """Write what `change` makes of all rows of the export."""
     file = folder / "metadata.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for before, row in zip(rows, rows[1:], strict=False):
-        row["negative_file"] = before["file_name"]
+    change(rows)
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
+def show_the_one_before(rows):
+    """Each record's hard negative becomes the picture of the record before it."""
+    for before, row in zip(rows, rows[1:], strict=False):
+        row["negative_file"] = before["file_name"]
+
+
+def show_the_next(rows):
+    """Each record's hard negative becomes the picture of the record after it, which that one shows around its boxes."""
+    assert all(row["expressions"] for row in rows)
+    for row, after in zip(rows, rows[1:], strict=False):
+        row["negative_file"] = after["file_name"]
+
+
+def misplace(rows):
+    """A box of each of these rows lies outside its picture."""
+    for row in rows:
+        row["expressions"] = [{"text": "it", "spans": [[0, 2]], "boxes": [[30, 30, 40, 40]]}]
+
+
 def test_each_picture_is_encoded_once_though_no_process_knows_of_the_others(data, run, folder, monkeypatch):
-    share_pictures(folder)
+    change_rows(folder, show_the_one_before)
     expected = run(data.model_copy(update={"cache_dir": data.cache_dir / "one"}), block_size=100)["images"]
     monkeypatch.setattr(module.Cache, "__contains__", lambda *_: False)  # as if all blocks were begun at one moment
     found = run(data, block_size=1)
     assert found["images_encoded"] == found["images"] == expected > 12
 
 
-def show_the_next_picture(folder):
-    """Each record's negative becomes the picture of the record after it, which that one shows around its boxes."""
-    file = folder / "metadata.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert all(row["expressions"] for row in rows)
-    for row, after in zip(rows, rows[1:], strict=False):
-        row["negative_file"] = after["file_name"]
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
-
-
 def test_a_square_of_two_records_is_encoded_once_whatever_boxes_it_is_cut_around(data, run, folder, monkeypatch):
     """The pictures are squares, so all squares of one are the same."""
-    show_the_next_picture(folder)
+    change_rows(folder, show_the_next)
     expected = run(data.model_copy(update={"cache_dir": data.cache_dir / "one"}), block_size=100)["images"]
     monkeypatch.setattr(module.Cache, "__contains__", lambda *_: False)  # as if all blocks were begun at one moment
     found = run(data, block_size=1)
@@ -141,12 +149,8 @@ def test_a_square_of_two_records_is_encoded_once_whatever_boxes_it_is_cut_around
 
 
 def test_a_view_shared_with_a_record_that_is_left_out_is_not_lost(backbone, data, run, folder, monkeypatch):
-    share_pictures(folder)
-    file = folder / "metadata.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for row in rows[::2]:  # its other views are still another record's hard negative
-        row["expressions"] = [{"text": "it", "spans": [[0, 2]], "boxes": [[30, 30, 40, 40]]}]
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    change_rows(folder, show_the_one_before)
+    change_rows(folder, lambda rows: misplace(rows[::2]))  # their other views are still another's hard negative
     data = data.model_copy(update={"on_bad": "skip", "random_flip": False})
     assert run(data, block_size=1)["left_out"] == 3
     examples = Examples(open_records(data, "train", 32), 32, seed=1, view=View(random_flip=False), skip_bad=True)
@@ -212,7 +216,7 @@ def test_a_broken_picture_is_one_line_or_left_out_and_counted(data, run, folder,
 
 def test_what_is_broken_is_told_by_the_block_of_its_record_alone(data, folder):
     """The first block encodes all of row 1's picture, which is row 0's negative: row 1 is its guest."""
-    show_the_next_picture(folder)
+    change_rows(folder, show_the_next)
     broken = folder / json.loads((folder / "metadata.jsonl").read_text().splitlines()[1])["file_name"]
     broken.write_bytes(broken.read_bytes()[:200])
     data = data.model_copy(update={"on_bad": "skip"})
@@ -227,10 +231,7 @@ def test_what_is_broken_is_told_by_the_block_of_its_record_alone(data, folder):
 
 
 def test_a_box_outside_its_picture_is_not_cached_unseen(data, run, folder):
-    file = next(folder.rglob("metadata.jsonl"))
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    rows[0]["expressions"] = [{"text": "it", "spans": [[0, 2]], "boxes": [[30, 30, 40, 40]]}]
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    change_rows(folder, lambda rows: misplace(rows[:1]))
     with pytest.raises(InputError, match="outside"):
         run(data)
     assert run(data.model_copy(update={"on_bad": "skip"}))["left_out"] == 1
