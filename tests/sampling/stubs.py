@@ -31,6 +31,7 @@ class ConstantNoise:
 
     prediction_type = "epsilon"
     guidance_scale = 7.5
+    guidance_interval = (0.0, 1.0)
     eta = 0.0
 
     def __init__(self) -> None:

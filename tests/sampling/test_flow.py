@@ -87,6 +87,11 @@ def test_flux_has_one_branch_told_3_5_where_nobody_says(dev):
     assert not torch.allclose(unsaid, said, atol=1e-4)
 
 
+def test_guidance_that_is_an_input_has_no_interval(dev):
+    with pytest.raises(InputError, match="input of this denoiser at every step; leave guidance_start and guidance_end"):
+        list(generate(dev, jobs_of(PROMPTS[:1], [7]), SampleConfig(steps=2, guidance_start=0.1)))
+
+
 def test_seeded_images_are_the_stock_pipelines_and_no_batch_matters(dev):
     adapter = tiny_adapter(dev, "double1")
     scorer = MatchScorer(dev, adapter, dev.parse_taps("double1"))
@@ -135,6 +140,7 @@ class ConstantVelocity:
     V = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     prediction_type = FLOW
     name = "constant"
+    guidance_interval = (0.0, 1.0)
     eta = 0.0
     device = torch.device("cpu")
 

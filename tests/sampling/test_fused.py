@@ -31,6 +31,17 @@ class PushAlong:
         return NOISE.expand_as(z), self(z[-scored:], t[-scored:], text)
 
 
+class CountedPushAlong(PushAlong):
+    """The same, whose passes are seen as those of the backbone."""
+
+    def __init__(self, backbone):
+        self.backbone = backbone
+
+    def predict_and_score(self, z, t, text, scored):
+        self.backbone.seen.append(z)
+        return super().predict_and_score(z, t, text, scored)
+
+
 def final(name: str, on_step=None, **settings) -> torch.Tensor:
     correction = CorrectionConfig(correct=1.0, correction_fused=True, **settings)
     sampling = SampleConfig(steps=10, guidance_scale=3.0, scheduler=name)
@@ -49,6 +60,15 @@ def test_the_shift_of_one_step_reaches_the_next_latent(name):
     schedule = make_scheduler(ConstantNoise(), name, 10)
     alpha = ConstantNoise().pipeline.scheduler.alphas_cumprod[int(schedule.timesteps[5])]
     torch.testing.assert_close(moved, SHIFT / alpha.sqrt(), rtol=2e-3, atol=2e-4)
+
+
+def test_steps_outside_the_guided_part_score_too():
+    steps: list[Step] = []
+    backbone, correction = ConstantNoise(), CorrectionConfig(correct=1.0, correction_fused=True)
+    sampling = SampleConfig(steps=4, guidance_start=0.25, guidance_end=0.5)
+    sample(backbone, states(1), states(1), LATENTS[:1], sampling, correction, CountedPushAlong(backbone), steps.append)
+    assert [len(z) for z in backbone.seen] == [1, 2, 1, 1]
+    assert [step.scores is None for step in steps] == [False] * 3 + [True]
 
 
 def test_after_the_last_step_nothing_is_left_to_correct():

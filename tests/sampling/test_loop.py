@@ -66,6 +66,42 @@ def test_guidance_1_needs_no_unconditional_pass():
     assert [len(z) for z in backbone.seen] == [4, 4, 4]
 
 
+def test_guidance_behind_its_interval_is_off_as_in_a_stock_pipeline_with_dynamic_guidance():
+    backbone = tiny_backbone()
+    prompts = ["a red circle", "two blue stars"]
+    noise = torch.stack([initial_noise(seed, (4, 8, 8)) for seed in (0, 1)])
+    settings = SampleConfig(steps=4, guidance_scale=3.0, guidance_end=0.5)
+    ours = sample(backbone, backbone.encode_text(prompts), backbone.encode_text(["", ""]), noise, settings, OFF)
+
+    def off_after_two_steps(pipeline, index, timestep, kwargs):
+        if index == 1:
+            pipeline._guidance_scale = 1.0
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[1]
+        return kwargs
+
+    theirs = backbone.pipeline(
+        prompts, num_inference_steps=4, guidance_scale=3.0, latents=noise, output_type="latent",
+        callback_on_step_end=off_after_two_steps, callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    ).images  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_guided_part_that_ends_before_it_begins_is_refused():
+    settings = SampleConfig(steps=2, guidance_start=0.6, guidance_end=0.5)
+    with pytest.raises(InputError, match="guidance_start 0.6 lies behind guidance_end 0.5"):
+        sample(ConstantNoise(), states(1), states(1), torch.zeros(1, 4, 8, 8), settings, OFF)
+
+
+def test_outside_its_interval_guidance_takes_no_unconditional_pass():
+    backbone = ConstantNoise()
+    backbone.guidance_interval = (0.2, 1.0)  # the base's own, where nobody says
+    for given, passes in (({}, [2, 4, 4, 4]), ({"guidance_end": 0.75}, [2, 4, 4, 2]), ({"guidance_start": 0}, [4] * 4)):
+        backbone.seen.clear()
+        settings = SampleConfig(steps=4, **given)
+        sample(backbone, states(2), states(2), torch.zeros(2, 4, 8, 8), settings, OFF)
+        assert [len(z) for z in backbone.seen] == passes
+
+
 @pytest.mark.parametrize("mode", ["state", "noise"])
 def test_which_branch_sees_the_corrected_latent(mode):
     backbone = ConstantNoise()

@@ -163,6 +163,14 @@ def test_settings_tell_the_familys_guidance_where_nobody_gave_one():
     )
 
 
+def test_settings_tell_the_guided_part_where_it_is_not_the_whole_schedule():
+    ours = model()
+    asked = ({}, {"guidance_start": 0, "guidance_end": 1}, {"guidance_start": 0.1})
+    whole, said, part = (ours.settings(build_config(GenerateConfig, overrides=how))["sample"] for how in asked)
+    assert whole == said and "guidance_start" not in whole  # older images, which say nothing, still count
+    assert (part["guidance_start"], part["guidance_end"]) == (0.1, 1.0)
+
+
 def test_settings_leave_out_what_changes_no_image_and_keep_the_rest():
     ours = model()
     one = ours.settings(build_config(GenerateConfig, overrides={"batch_size": 1}))

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dpt_t2i.config import GenerateConfig, build_config
+from dpt_t2i.config import GenerateConfig, PublishedSampling, build_config
 from dpt_t2i.publish.privacy import public
 
 TARGET = Path("src/dpt_t2i/bundled")
@@ -116,7 +116,7 @@ def _store_sampling(learned: Path) -> None:
     chosen = build_config(GenerateConfig, Path("configs/bundled/generate.yaml"))
     corrections = {"tuned": chosen, "probe": build_config(GenerateConfig, Path("configs/bundled/generate_base.yaml"))}
     learned.mkdir(exist_ok=True)
-    sampling = chosen.sample.model_dump(mode="json", include={"guidance_scale", "eta"})
+    sampling = chosen.sample.model_dump(mode="json", exclude_none=True, include=set(PublishedSampling.model_fields))
     (learned / "sampling.json").write_text(json.dumps(sampling, indent=2) + "\n")
     for stage, config in corrections.items():
         file = learned / stage / "adapter/config.json"

@@ -26,6 +26,7 @@ class Backbone(Protocol):
     denoiser_key: str  # prefix of the denoiser in a diffusers LoRA file: `unet`, `transformer`
     pipeline_call: PipelineCall  # how that pipeline calls the denoiser
     guidance_scale: float  # of sampling where the user names none: what the base publishes, else its family's default
+    guidance_interval: tuple[float, float]  # likewise: first and last guided fraction of the schedule, else 0 and 1
     eta: float  # likewise, of DDIM: what the base publishes, else 0
     taps: Mapping[str, Tap]  # the named taps, in the order in which the denoiser reaches them
 

@@ -60,7 +60,7 @@ def load_backbone(
     published = _published_sampling(folder / "dpt" / "sampling.json")
     pipeline = _load_pipeline(folder, family, options, resolve_device(device), DTYPES[dtype])
     made = backbone(pipeline, _display_name(name_or_path))
-    made.eta = published.eta
+    made.eta, made.guidance_interval = published.eta, (published.guidance_start, published.guidance_end)
     if published.guidance_scale is not None:
         made.guidance_scale = published.guidance_scale
     return made

@@ -29,6 +29,7 @@ class PipelineParts(ABC):
 
     denoiser_key: str  # the pipeline's attribute, and the prefix in a LoRA file
     guidance_scale: float  # the default of the pipeline's own `guidance_scale`
+    guidance_interval = (0.0, 1.0)
     eta = 0.0
     pipeline_call = PipelineCall()  # how the pipeline itself calls its denoiser: most do as `_denoise` does
 

@@ -295,6 +295,12 @@ class SampleConfig(Section):
     guidance_scale: Annotated[float, Field(ge=0)] | None = Field(
         None, description="classifier-free or distilled guidance; 1 = off; default: the base's, or its family's"
     )
+    guidance_start: Fraction | None = Field(
+        None, description="first guided fraction of the schedule; before it as at scale 1; default: the base's, or 0"
+    )
+    guidance_end: Fraction | None = Field(
+        None, description="last guided fraction of the schedule; behind it as at scale 1; default: the base's, or 1"
+    )
     scheduler: Literal["ddim", "euler", "dpm++", "unipc"] = Field("ddim", description="sampler")
     eta: Fraction | None = Field(
         None, description="fresh noise in each step of `ddim`: 0 = none, 1 = as much as DDPM; default: the base's, or 0"
@@ -310,6 +316,8 @@ class PublishedSampling(Section):
     """`dpt/sampling.json` in a base's folder: what its publisher found best, taken where the user says nothing."""
 
     guidance_scale: Annotated[float, Field(ge=0)] | None = Field(None, description="default: the model family's own")
+    guidance_start: Fraction = Field(0.0, description="as in `SampleConfig`")
+    guidance_end: Fraction = Field(1.0, description="as in `SampleConfig`")
     eta: Fraction = Field(0.0, description="as in `SampleConfig`")
 
 

@@ -62,7 +62,8 @@ def sample(
         generators: B of them, one an image, for the noise of the steps; needed if `eta_of` is above 0.
 
     Raises:
-        InputError: `eta` with another sampler than DDIM; numbers of latents, prompts and negative prompts that differ;
+        InputError: `eta` with another sampler than DDIM; a guided part that ends before it begins, or any where
+            guidance is an input of the denoiser; numbers of latents, prompts and negative prompts that differ;
             correction without a scorer or under `torch.inference_mode`, its gradient is not finite, or it is fused in
             mode `noise` or with `lora_draws` off.
     """
@@ -76,11 +77,11 @@ def sample(
     scheduler = make_scheduler(backbone, settings.scheduler, settings.steps, (height, width))
     latents = initial_latents.to(backbone.device, torch.float32) * initial_scale(scheduler)
     noising = _noising(scheduler, eta_of(backbone, settings), generators)
-    told, scale = _with_scale(text, guidance_of(backbone, settings))
+    told, scales = _scales(text, len(scheduler.timesteps), backbone, settings)
     steps, fused = len(scheduler.timesteps), correction.correction_fused
     shift: Tensor | None = None  # [B, C, h, w] of z, found by a fused correction in the step before
     for index, timestep in enumerate(scheduler.timesteps):
-        wanted = is_corrected(index, steps, correction)
+        wanted, scale = is_corrected(index, steps, correction), scales[index]
         z = model_input(scheduler, latents, timestep)
         z_state, z_cond, scores = z, z, None  # what the sampler steps from, and what the conditional branch sees
         if shift is not None:
@@ -104,6 +105,13 @@ def sample(
 def guidance_of(backbone: Backbone, settings: SampleConfig) -> float:
     """The scale that was asked for, else the base's own."""
     return backbone.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+
+
+def guidance_interval_of(backbone: Backbone, settings: SampleConfig) -> tuple[float, float]:
+    """The guided part of the schedule `[start, end)` that was asked for, else the base's own."""
+    start, end = backbone.guidance_interval
+    given = settings.guidance_start, settings.guidance_end
+    return start if given[0] is None else given[0], end if given[1] is None else given[1]
 
 
 def eta_of(backbone: Backbone, settings: SampleConfig) -> float:
@@ -164,12 +172,23 @@ def _corrected(
     return correct(z, timestep.expand(len(z)), text, score=scorer, strength=strength, rule=rule)
 
 
-def _with_scale(text: TextStates, guidance_scale: float) -> tuple[TextStates, float]:
-    """Where guidance is distilled into the denoiser, the scale is one of its inputs and there is one branch."""
+def _scales(text: TextStates, steps: int, backbone: Backbone, settings: SampleConfig) -> tuple[TextStates, list[float]]:
+    """What the conditional branch is told, and the scale of each step: 1 outside the guided part of the schedule
+    (Kynkaanniemi et al., 2024, "Applying guidance in a limited interval").
+
+    Where guidance is distilled into the denoiser, the scale is one of its inputs and there is one branch.
+    """
+    scale, (start, end) = guidance_of(backbone, settings), guidance_interval_of(backbone, settings)
+    if start > end:
+        raise InputError(f"guidance_start {start:g} lies behind guidance_end {end:g}; exchange them")
     if GUIDANCE not in text.extras:
-        return text, guidance_scale
-    scales = torch.full((len(text),), guidance_scale, device=text.tokens.device)
-    return replace(text, extras={**text.extras, GUIDANCE: scales}), 1.0
+        return text, [scale if start <= index / steps < end else 1.0 for index in range(steps)]
+    if (start, end) != (0.0, 1.0):
+        raise InputError(
+            "guidance is an input of this denoiser at every step; leave guidance_start and guidance_end out"
+        )
+    scales = torch.full((len(text),), scale, device=text.tokens.device)
+    return replace(text, extras={**text.extras, GUIDANCE: scales}), [1.0] * steps
 
 
 def _fused(

@@ -18,7 +18,7 @@ from dpt_t2i.config import GenerateConfig, SampleConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of
 from dpt_t2i.sampling.judgement import Judgement, judge_image
-from dpt_t2i.sampling.loop import eta_of, guidance_of
+from dpt_t2i.sampling.loop import eta_of, guidance_interval_of, guidance_of
 from dpt_t2i.sampling.scoring import Judge, MatchScorer
 from dpt_t2i.sampling.search import best_of
 
@@ -99,6 +99,8 @@ class T2IModel:
             "guidance_scale": guidance_of(self.backbone, config.sample),
             "eta": eta_of(self.backbone, config.sample),
         }
+        if (interval := guidance_interval_of(self.backbone, config.sample)) != (0.0, 1.0):
+            base |= {"guidance_start": interval[0], "guidance_end": interval[1]}
         return {
             "base": {"name": self.backbone.name, "weights": weights_hash(self.backbone.denoiser)},
             "lora": lora_hash(self.backbone.denoiser),
@@ -113,8 +115,10 @@ class T2IModel:
 
 
 def _deciding(settings: SampleConfig) -> dict[str, Any]:
-    """Of sampling all that decides an image; `lora_draws` where it is not as ever, so that older images still count."""
-    told = settings.model_dump(mode="json", exclude={"batch_size"})
+    """Of sampling all that decides an image; `lora_draws` where it is not as ever, so that older images still count.
+
+    The guided part of the schedule is resolved by the caller, likewise."""
+    told = settings.model_dump(mode="json", exclude={"batch_size", "guidance_start", "guidance_end"})
     return {name: value for name, value in told.items() if name != "lora_draws" or not value}
 
 
