@@ -20,9 +20,9 @@ PROMPTS = 6
 output = Path(sys.argv[1] if len(sys.argv) > 1 else "before_after.png")
 prompts = [numbered.prompt for numbered in open_suite("dev", 24)][::4][:PROMPTS]
 texts = [p.text for p in prompts]
-sampling = {"seeds": 0, "own_noise": True, "steps": 30, "guidance_scale": 2.5, "eta": 1}
+sampling = {"seeds": 0, "own_noise": True, "steps": 30}  # guidance and eta: what the base publishes
 base, tuned = dpt_t2i.load(lora="none"), dpt_t2i.load()
-corrected = sampling | {"correct": 0.04, "correction_rule": "relative", "correction_end": 0.5}
+corrected = sampling | {"correct": 0.07, "correction_rule": "relative", "correction_end": 0.5}
 rows = {
     "base": base.generate(texts, **sampling),
     "base + correction": base.generate(texts, **corrected),

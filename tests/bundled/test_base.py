@@ -70,7 +70,7 @@ def test_text_and_image_meet_in_one_space(pipeline):
     own, near = (image * text.unflatten(0, (2, -1))).sum(-1)
     right = (own > near).float()
     assert right.mean() > 0.9
-    sides = torch.tensor([e.negative.rule in ("flip_relation", "swap_objects") for e in examples])
+    sides = torch.tensor([e.negative.rule in ("flip_relation", "turn_relation", "swap_objects") for e in examples])
     assert sides.sum() >= 20
     assert right[sides].mean() > 0.85  # chance 0.5, which contrast alone did not leave
 
