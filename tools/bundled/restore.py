@@ -3,7 +3,8 @@
     python tools/bundled/restore.py
 
 Finished parts (autoencoder, tokenizer, text encoder, image encoder, denoiser) come from the package data, so that
-`latents.py` and `unet.py --weights src/dpt_t2i/bundled/base/unet` can run after `pool.py` alone; so does stage 1's adapter.
+`latents.py` and `unet.py --weights src/dpt_t2i/bundled/base/unet` can run after `pool.py` alone. So does stage 1's
+adapter.
 """
 
 from __future__ import annotations
