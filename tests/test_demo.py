@@ -39,7 +39,7 @@ def test_the_loop_ends_with_a_report(base, tmp_path):
     )
     result = run_demo(config)
     assert len(result["summary"]) == 5
-    assert list(result["arms"]) == ["base", "dpt", "dpt_best4", "dpt_correct", "live", "live_correct"]
+    assert list(result["arms"]) == ["base", "dpt", "dpt_correct", "dpt_best4", "live", "live_correct"]
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "1 steps of probing and 1 of tuning at batch 2" in page
     assert "after tuning: itm_text" in page and "loss_mse" not in page.split("after tuning:")[1].split("</p>")[0]
