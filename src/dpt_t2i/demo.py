@@ -146,7 +146,8 @@ def _notes(
         "stands in its card.",
         f"live, live_correct: made just now on this machine, {config.probe_steps} steps of probing and "
         f"{config.tune_steps} of tuning at batch {config.demo_batch_size}. They show that the loop runs, not what it "
-        "can do: so young an adapter misleads a correction of the shipped one's strength. dpt, dpt_correct, dpt_best4: the LoRA and the adapter that ship with the base.",
+        "can do: so young an adapter misleads a correction of the shipped one's strength. dpt, dpt_correct, "
+        "dpt_best4: the LoRA and the adapter that ship with the base.",
         f"Live adapter on held-out scenes, after probing: {_figures(probe)}; after tuning: {_figures(tuned)}.",
     ]
 
