@@ -110,8 +110,10 @@ def guidance_of(backbone: Backbone, settings: SampleConfig) -> float:
 def guidance_interval_of(backbone: Backbone, settings: SampleConfig) -> tuple[float, float]:
     """The guided part of the schedule `[start, end)` that was asked for, else the base's own."""
     start, end = backbone.guidance_interval
-    given = settings.guidance_start, settings.guidance_end
-    return start if given[0] is None else given[0], end if given[1] is None else given[1]
+    return (
+        start if settings.guidance_start is None else settings.guidance_start,
+        end if settings.guidance_end is None else settings.guidance_end,
+    )
 
 
 def eta_of(backbone: Backbone, settings: SampleConfig) -> float:

@@ -117,7 +117,8 @@ class T2IModel:
 def _deciding(settings: SampleConfig) -> dict[str, Any]:
     """Of sampling all that decides an image; `lora_draws` where it is not as ever, so that older images still count.
 
-    The guided part of the schedule is resolved by the caller, likewise."""
+    The guided part of the schedule is told likewise, by `settings`, which knows the base's own.
+    """
     told = settings.model_dump(mode="json", exclude={"batch_size", "guidance_start", "guidance_end"})
     return {name: value for name, value in told.items() if name != "lora_draws" or not value}
 
