@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpt_t2i.errors import InputError
-from dpt_t2i.objectives.denoise import denoise_loss
+from dpt_t2i.objectives.denoise import denoise_itm_loss, denoise_loss
 
 TARGET = torch.zeros(2, 1, 1, 2)
 PREDICTION = torch.tensor([[[[1.0, 3.0]]], [[[2.0, 0.0]]]])  # squared error 5 and 2 an example
@@ -35,3 +35,13 @@ def test_flow_matching_has_no_min_snr() -> None:
 def test_half_precision_is_squared_in_float32() -> None:
     large = torch.full((1, 4), 300.0, dtype=torch.float16)  # 90000 overflows float16
     assert denoise_loss(large, torch.zeros_like(large)).item() == 90000.0
+
+
+def test_matching_by_the_error_by_hand() -> None:
+    """Errors 2 and 3 at temperature 0.5: half of the own one more, so softplus(-1); the divisor takes no gradient."""
+    own, hard = torch.tensor([2.0, 4.0], requires_grad=True), torch.tensor([3.0, 4.0], requires_grad=True)
+    loss = denoise_itm_loss(own, hard, temperature=0.5)
+    assert loss.tolist() == pytest.approx([0.3132617, 0.6931472])  # log(1 + 1/e), log 2
+    loss.sum().backward()
+    assert own.grad.tolist() == pytest.approx([0.2689414, 0.25])  # sigmoid(-1) / (0.5 * 2), 0.5 / (0.5 * 4)
+    assert hard.grad.tolist() == pytest.approx([-0.2689414, -0.25])

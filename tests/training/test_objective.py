@@ -113,6 +113,39 @@ def test_a_dropped_caption_is_denoised_with_the_empty_text(parts):
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
 
 
+def errors_by_hand(backbone, batch, encoded, draw, captions):
+    """Squared error of each example's noisy picture under other captions, one at a time."""
+    errors = []
+    for i, caption in enumerate(captions):
+        latent, noise, t = encoded.latents[i : i + 1], draw.noise[i : i + 1], draw.timesteps[i : i + 1]
+        seen = backbone.add_noise(latent, noise, t)
+        prediction, _ = backbone.predict(seen, t, backbone.encode_text([caption]))
+        errors.append((prediction - backbone.target(latent, noise, t)).square().mean())
+    return torch.stack(errors)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_the_own_caption_must_predict_better_than_the_hard_one(parts, hard):
+    """t = 10 lies below the lowest timestep asked, and counts as zero, as an example without a hard caption does."""
+    backbone, taps, adapter, batch, encoded, draw = parts
+    if not hard:
+        encoded = replace(encoded, has_hard_caption=torch.tensor([True, False, True]))
+    how = (backbone, adapter, taps, ItmRecConfig())
+    asking = DenoiseConfig(denoise_itm_coef=2.0, denoise_itm_temperature=0.02, denoise_itm_min_timestep=500)
+    with torch.no_grad():
+        without = TuneObjective(*how, DenoiseConfig())(encoded, draw, 3.0)
+        found = TuneObjective(*how, asking)(encoded, draw, 3.0)
+        own, wrong = (
+            errors_by_hand(backbone, batch, encoded, draw, texts) for texts in (batch.captions, batch.hard_captions)
+        )
+    each = -torch.sigmoid((wrong - own) / (0.02 * own)).log()
+    want = (each[1] + each[2]) / 3 if hard else each[2] / 3
+    torch.testing.assert_close(found.pop("loss_denoise_itm"), want, rtol=1e-3, atol=1e-5)
+    assert found.keys() == without.keys()
+    for name, value in without.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
 def gradients_of_b(cut, loss):
     """Norm of the gradient of each LoRA's B by its module (a fresh A gets none), for one of the losses."""
     backbone = tiny_backbone()
@@ -200,5 +233,6 @@ def test_evaluations_without_a_negative_are_left_out(parts):
 
 
 def test_weights_follow_the_config():
-    weights = weights_of(ItmRecConfig(itm_coef=2, giou_coef=7), DenoiseConfig(mse_loss_coef=3))
+    weights = weights_of(ItmRecConfig(itm_coef=2, giou_coef=7), DenoiseConfig(mse_loss_coef=3, denoise_itm_coef=5))
     assert (weights["loss_i2t"], weights["loss_t2i"], weights["loss_giou"], weights["loss_mse"]) == (2, 2, 7, 3)
+    assert weights["loss_denoise_itm"] == 5

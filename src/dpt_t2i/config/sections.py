@@ -198,6 +198,13 @@ class DenoiseConfig(Section):
         None,
         description="block behind which the denoising loss sends no gradient into the map (the adapter's losses do)",
     )
+    denoise_itm_coef: float = Field(
+        0.0, ge=0, description="weight of telling the caption from its hard negative by the denoising error; 0 = off"
+    )
+    denoise_itm_temperature: float = Field(
+        0.1, gt=0, description="temperature of that, for the difference of the errors as a share of the caption's own"
+    )
+    denoise_itm_min_timestep: int = Field(300, ge=0, description="lowest timestep at which that is asked")
 
 
 class DistillConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from dpt_t2i.errors import InputError
 
@@ -30,12 +31,33 @@ def denoise_loss(
     Raises:
         InputError: `snr_gamma` with another prediction type, such as flow matching.
     """
-    per_example = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+    per_example = prediction_error(prediction, target)
     if snr_gamma is None:
         return per_example.mean()
     if snr is None:
         raise ValueError("snr_gamma needs the examples' snr")
     return (per_example * _min_snr_weight(snr.float(), snr_gamma, prediction_type)).mean()
+
+
+def prediction_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each example `[B]` in float32, of predictions and targets `[B, ...]`."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def denoise_itm_loss(own: Tensor, hard: Tensor, temperature: float) -> Tensor:
+    """Image-text matching by the denoiser's own error: -log p(own caption) of each pair `[N]`.
+
+    A true caption should help to predict the noise more than one that is nearly true (Diffusion Classifier, Li et al.,
+    ICCV 2023; with hard negatives as a loss: Krojer et al., NeurIPS 2023). The errors are compared as shares of the own
+    one, so that one temperature does at every timestep: softplus(-(hard - own) / (temperature * own)), where the own
+    error that divides takes no gradient.
+
+    Args:
+        own: `[N]` errors under the own caption.
+        hard: `[N]` errors for the same noisy latents under hard-negative captions.
+        temperature: > 0.
+    """
+    return F.softplus((own - hard) / (temperature * own.detach()))
 
 
 def _min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:

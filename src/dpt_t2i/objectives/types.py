@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOSS_NAMES = ("loss_i2t", "loss_t2i", "loss_ce", "loss_bbox", "loss_giou", "loss_align", "loss_mse", "loss_distill")
+LOSS_NAMES = (
+    "loss_i2t",
+    "loss_t2i",
+    "loss_ce",
+    "loss_bbox",
+    "loss_giou",
+    "loss_align",
+    "loss_mse",
+    "loss_denoise_itm",
+    "loss_distill",
+)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.reader import gradient_cut
 from dpt_t2i.backbones.types import Features, Tap
 from dpt_t2i.config import DenoiseConfig, DistillConfig, ItmRecConfig
-from dpt_t2i.objectives.denoise import denoise_loss
+from dpt_t2i.objectives.denoise import denoise_itm_loss, denoise_loss, prediction_error
 from dpt_t2i.objectives.itm import itm_loss
 from dpt_t2i.objectives.rec import rec_losses
 from dpt_t2i.training.distill import Teacher
@@ -89,9 +89,9 @@ class AtlasObjective(_Stage1):
 class TuneObjective(nn.Module):
     """Stage 2: one full pass for the positive, one pass to the tap for the other five; ITM + REC + denoising.
 
-    Examples with a dropped caption get one more row in the full pass, whose text is empty. With a teacher the example's
-    picture goes through the full pass under its two wrong captions too, and all three predictions are held to the
-    teacher's.
+    Examples with a dropped caption get one more row in the full pass, whose text is empty. With `denoise_itm_coef` the
+    example's picture goes through the full pass under its hard caption too, which must predict worse; with a teacher
+    under both wrong captions, and all three predictions are held to the teacher's.
 
     Args:
         cut: block behind which the denoising loss sends no gradient into its map (`detach_unet_feature`).
@@ -116,10 +116,10 @@ class TuneObjective(nn.Module):
         self.denoiser = backbone.denoiser  # registered here so that wrappers see the LoRA
 
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
-        """Unweighted loss terms by name, `loss_mse` included, with a teacher `loss_distill` too."""
-        plan, count = _Plan(batch), len(batch)
-        # Rows of the plan that are predicted: the first block; with a teacher the first three, which share a picture.
-        whole = count if self.teacher is None else int(plan.kept[: 3 * count].sum())
+        """Unweighted loss terms by name: `loss_mse` too, and `loss_denoise_itm` and `loss_distill` where asked for."""
+        plan, count, asked = _Plan(batch), len(batch), self.denoise.denoise_itm_coef > 0
+        # Rows of the plan that are predicted: of the blocks that share a picture the first, the first two or all three.
+        whole = int(plan.kept[: count * (3 if self.teacher else 2 if asked else 1)].sum())
         wrong = plan.images[count:whole], plan.texts[count:whole]
         mse, seen = denoising(self.backbone, self.taps, batch, draw, self.denoise, self.cut, wrong)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.share > 0):
@@ -127,10 +127,22 @@ class TuneObjective(nn.Module):
         read = _damped(_stack(seen.features, others), self.share)
         terms = discriminate((self.adapter,), read, plan, batch, num_boxes, self.loss)
         terms |= {"loss_mse": mse}
+        if asked:
+            terms |= {"loss_denoise_itm": self._denoise_itm(batch, draw, seen)}
         if self.teacher is not None:
             wanted = self.teacher(seen.noisy, seen.timesteps, batch.text.select(seen.texts))
             terms |= {"loss_distill": denoise_loss(seen.prediction, wanted)}
         return terms
+
+    def _denoise_itm(self, batch: Encoded, draw: Draw, seen: Seen) -> Tensor:
+        """Mean over the batch; an example without a hard caption, or at an early timestep, counts as zero."""
+        rows, count = batch.has_hard_caption.nonzero()[:, 0], len(batch)
+        target = self.backbone.target(batch.latents[:count], draw.noise, draw.timesteps)
+        own = prediction_error(seen.prediction[rows], target[rows])
+        hard = prediction_error(seen.prediction[count : count + len(rows)], target[rows])
+        loss = denoise_itm_loss(own, hard, self.denoise.denoise_itm_temperature)
+        late = draw.timesteps[rows] >= self.denoise.denoise_itm_min_timestep
+        return (loss * late).sum() / count
 
 
 class DenoiseObjective(nn.Module):
@@ -158,6 +170,7 @@ def weights_of(
         "loss_giou": loss.giou_coef,
         "loss_align": loss.align_coef,
         "loss_mse": denoise.mse_loss_coef if denoise else 1.0,
+        "loss_denoise_itm": denoise.denoise_itm_coef if denoise else 0.0,
         "loss_distill": distill.distill_coef if distill else 0.0,
     }
 

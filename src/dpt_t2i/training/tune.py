@@ -40,8 +40,12 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     discriminative = config.objective == "dpt"
     if discriminative and config.model.adapter in (None, "none"):
         raise InputError("`dpt tune` starts from stage 1: give --adapter RUN/adapter of a `dpt probe` run")
-    if not discriminative and config.distill.distill_coef > 0:
-        raise InputError("the control learns from denoising alone; leave out distill_coef, or set objective to dpt")
+    for name, weight in (
+        ("denoise_itm_coef", config.denoise.denoise_itm_coef),
+        ("distill_coef", config.distill.distill_coef),
+    ):
+        if not discriminative and weight > 0:
+            raise InputError(f"the control learns from denoising alone; leave out {name}, or set objective to dpt")
     setup = set_up(config)
     _put_lora(config, setup)
     cut = _cut_of(config, setup)
