@@ -113,6 +113,10 @@ def test_the_loss_asks_of_right_and_wrong_captions_alike(parts) -> None:
     torch.testing.assert_close(found.pop("loss_distill"), torch.stack(errors).mean(), rtol=1e-4, atol=1e-6)
     for name, value in without.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    both = (backbone, adapter, taps, ItmRecConfig(), DenoiseConfig(denoise_itm_coef=1.0))  # asks for more predictions
+    with torch.no_grad():
+        found = TuneObjective(*both, None, teacher)(encoded, draw, 3.0)
+    torch.testing.assert_close(found["loss_distill"], torch.stack(errors).mean(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_fresh_lora_is_a_push_away(parts) -> None:

@@ -113,34 +113,41 @@ def test_a_dropped_caption_is_denoised_with_the_empty_text(parts):
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
 
 
-def errors_by_hand(backbone, batch, encoded, draw, captions):
-    """Squared error of each example's noisy picture under other captions, one at a time."""
+def errors_by_hand(backbone, latents, draw, captions):
+    """Squared error of each noised latent [B, C, h, w] under a caption, one at a time."""
     errors = []
     for i, caption in enumerate(captions):
-        latent, noise, t = encoded.latents[i : i + 1], draw.noise[i : i + 1], draw.timesteps[i : i + 1]
+        latent, noise, t = latents[i : i + 1], draw.noise[i : i + 1], draw.timesteps[i : i + 1]
         seen = backbone.add_noise(latent, noise, t)
         prediction, _ = backbone.predict(seen, t, backbone.encode_text([caption]))
         errors.append((prediction - backbone.target(latent, noise, t)).square().mean())
     return torch.stack(errors)
 
 
-@pytest.mark.parametrize("hard", [True, False])
-def test_the_own_caption_must_predict_better_than_the_hard_one(parts, hard):
-    """t = 10 lies below the lowest timestep asked, and counts as zero, as an example without a hard caption does."""
+@pytest.mark.parametrize("lacks", [None, "caption", "image"])
+def test_each_picture_must_be_predicted_better_under_its_own_caption(parts, lacks):
+    """t = 10 is below the lowest timestep asked, and counts as zero; so does what example 1 lacks."""
     backbone, taps, adapter, batch, encoded, draw = parts
-    if not hard:
-        encoded = replace(encoded, has_hard_caption=torch.tensor([True, False, True]))
+    there = torch.tensor([True, False, True])
+    if lacks:
+        encoded = replace(encoded, **{f"has_hard_{lacks}": there})
     how = (backbone, adapter, taps, ItmRecConfig())
     asking = DenoiseConfig(denoise_itm_coef=2.0, denoise_itm_temperature=0.02, denoise_itm_min_timestep=500)
     with torch.no_grad():
         without = TuneObjective(*how, DenoiseConfig())(encoded, draw, 3.0)
         found = TuneObjective(*how, asking)(encoded, draw, 3.0)
-        own, wrong = (
-            errors_by_hand(backbone, batch, encoded, draw, texts) for texts in (batch.captions, batch.hard_captions)
-        )
-    each = -torch.sigmoid((wrong - own) / (0.02 * own)).log()
-    want = (each[1] + each[2]) / 3 if hard else each[2] / 3
-    torch.testing.assert_close(found.pop("loss_denoise_itm"), want, rtol=1e-3, atol=1e-5)
+        sides = []
+        for latents, own, wrong in (
+            (encoded.latents[:3], batch.captions, batch.hard_captions),
+            (encoded.latents[3:6], batch.hard_captions, batch.captions),
+        ):
+            right, false = (errors_by_hand(backbone, latents, draw, texts) for texts in (own, wrong))
+            sides.append(-torch.sigmoid((false - right) / (0.02 * right)).log())
+    text, image = sides
+    want = text[1] + text[2] + image[1] + image[2]
+    if lacks:
+        want = want - image[1] - (text[1] if lacks == "caption" else 0)
+    torch.testing.assert_close(found.pop("loss_denoise_itm"), want / 6, rtol=1e-3, atol=1e-5)
     assert found.keys() == without.keys()
     for name, value in without.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)

@@ -89,9 +89,10 @@ class AtlasObjective(_Stage1):
 class TuneObjective(nn.Module):
     """Stage 2: one full pass for the positive, one pass to the tap for the other five; ITM + REC + denoising.
 
-    Examples with a dropped caption get one more row in the full pass, whose text is empty. With `denoise_itm_coef` the
-    example's picture goes through the full pass under its hard caption too, which must predict worse; with a teacher
-    under both wrong captions, and all three predictions are held to the teacher's.
+    Examples with a dropped caption get one more row in the full pass, whose text is empty. With a teacher the example's
+    picture goes through the full pass under its two wrong captions too, and all three predictions are held to the
+    teacher's. With `denoise_itm_coef` the picture and its hard negative go through it under both of their captions, and
+    each must be predicted better under its own.
 
     Args:
         cut: block behind which the denoising loss sends no gradient into its map (`detach_unet_feature`).
@@ -117,32 +118,46 @@ class TuneObjective(nn.Module):
 
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
         """Unweighted loss terms by name: `loss_mse` too, and `loss_denoise_itm` and `loss_distill` where asked for."""
-        plan, count, asked = _Plan(batch), len(batch), self.denoise.denoise_itm_coef > 0
-        # Rows of the plan that are predicted: of the blocks that share a picture the first, the first two or all three.
-        whole = int(plan.kept[: count * (3 if self.teacher else 2 if asked else 1)].sum())
-        wrong = plan.images[count:whole], plan.texts[count:whole]
-        mse, seen = denoising(self.backbone, self.taps, batch, draw, self.denoise, self.cut, wrong)
+        plan, count = _Plan(batch), len(batch)
+        late = draw.timesteps >= self.denoise.denoise_itm_min_timestep
+        compared = late if self.denoise.denoise_itm_coef > 0 else torch.zeros_like(late)
+        held = torch.full_like(late, self.teacher is not None)
+        whole = plan.is_of(OWN) | plan.is_of(HARD_CAPTION, compared | held)
+        whole |= plan.is_of(RANDOM_CAPTION, held) | plan.is_of(HARD_IMAGE, compared)
+        twins = (compared & batch.has_hard_caption & batch.has_hard_image).nonzero()[:, 0]
+        more = whole.nonzero()[count:, 0]
+        images, texts = plan.images[more], plan.texts[more]
+        images, texts = torch.cat([images, twins + count]), torch.cat([texts, batch.hard_caption[twins]])
+        mse, seen = denoising(self.backbone, self.taps, batch, draw, self.denoise, self.cut, (images, texts))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.share > 0):
-            others = _features(self.backbone, self.taps, batch, draw, plan.images[whole:], plan.texts[whole:])
-        read = _damped(_stack(seen.features, others), self.share)
-        terms = discriminate((self.adapter,), read, plan, batch, num_boxes, self.loss)
+            others = _features(self.backbone, self.taps, batch, draw, plan.images[~whole], plan.texts[~whole])
+        read = _stack(_rows(seen.features, slice(0, count + len(more))), others)
+        if not whole[: count + len(more)].all():  # back to the order of the plan
+            read = _rows(read, torch.cat([whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]]).argsort())
+        terms = discriminate((self.adapter,), _damped(read, self.share), plan, batch, num_boxes, self.loss)
         terms |= {"loss_mse": mse}
-        if asked:
-            terms |= {"loss_denoise_itm": self._denoise_itm(batch, draw, seen)}
+        blocks = torch.cat([plan.blocks[whole], torch.full_like(twins, TWIN)])
+        if self.denoise.denoise_itm_coef > 0:
+            terms |= {"loss_denoise_itm": self._denoise_itm(batch, draw, seen, blocks, compared)}
         if self.teacher is not None:
-            wanted = self.teacher(seen.noisy, seen.timesteps, batch.text.select(seen.texts))
-            terms |= {"loss_distill": denoise_loss(seen.prediction, wanted)}
+            rows = (blocks <= RANDOM_CAPTION).nonzero()[:, 0]
+            wanted = self.teacher(seen.noisy[rows], seen.timesteps[rows], batch.text.select(seen.texts[rows]))
+            terms |= {"loss_distill": denoise_loss(seen.prediction[rows], wanted)}
         return terms
 
-    def _denoise_itm(self, batch: Encoded, draw: Draw, seen: Seen) -> Tensor:
-        """Mean over the batch; an example without a hard caption, or at an early timestep, counts as zero."""
-        rows, count = batch.has_hard_caption.nonzero()[:, 0], len(batch)
-        target = self.backbone.target(batch.latents[:count], draw.noise, draw.timesteps)
-        own = prediction_error(seen.prediction[rows], target[rows])
-        hard = prediction_error(seen.prediction[count : count + len(rows)], target[rows])
-        loss = denoise_itm_loss(own, hard, self.denoise.denoise_itm_temperature)
-        late = draw.timesteps[rows] >= self.denoise.denoise_itm_min_timestep
-        return (loss * late).sum() / count
+    def _denoise_itm(self, batch: Encoded, draw: Draw, seen: Seen, blocks: Tensor, compared: Tensor) -> Tensor:
+        """Mean over the batch and both pictures; what does not exist or is not compared counts as zero."""
+        count = len(batch)
+        example = seen.images % count
+        target = self.backbone.target(batch.latents[seen.images], draw.noise[example], seen.timesteps)
+        errors = prediction_error(seen.prediction, target)
+        errors = errors.new_zeros(TWIN + 1, count).index_put((blocks, example), errors)
+        rows = compared & batch.has_hard_caption
+        both = rows & batch.has_hard_image
+        temperature = self.denoise.denoise_itm_temperature
+        loss = denoise_itm_loss(errors[OWN, rows], errors[HARD_CAPTION, rows], temperature).sum()
+        loss = loss + denoise_itm_loss(errors[TWIN, both], errors[HARD_IMAGE, both], temperature).sum()
+        return loss / (2 * count)
 
 
 class DenoiseObjective(nn.Module):
@@ -228,19 +243,19 @@ def denoising(
     draw: Draw,
     config: DenoiseConfig,
     cut: Tap | None = None,
-    wrong: tuple[Tensor, Tensor] | None = None,
+    more: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Seen]:
-    """Denoising loss of the positives, and all that one full pass told of them, then of the pictures in `wrong`.
+    """Denoising loss of the positives, and all that one full pass told of them, then of what `more` adds.
 
     Args:
-        wrong: examples `[N]` whose pictures are predicted once more, and the rows of `text` that they then go under.
+        more: rows `[N]` of `latents` that are predicted too, and the rows of `text` that they go under.
     """
     count = len(batch)
-    rows = torch.arange(count, device=draw.timesteps.device)
-    dropped = rows[draw.drop_caption]
-    again, under = (rows[:0], rows[:0]) if wrong is None else wrong
-    seen, told = torch.cat([rows, again, dropped]), torch.cat([batch.caption, under, batch.null.expand(len(dropped))])
-    noisy, timesteps = backbone.add_noise(batch.latents[:count], draw.noise, draw.timesteps)[seen], draw.timesteps[seen]
+    own = torch.arange(count, device=draw.timesteps.device)
+    dropped = own[draw.drop_caption]
+    again, under = (own[:0], own[:0]) if more is None else more
+    images, told = torch.cat([own, again, dropped]), torch.cat([batch.caption, under, batch.null.expand(len(dropped))])
+    noisy, timesteps = _noised(backbone, batch, draw, images)
     with gradient_cut(backbone.denoiser, cut) if cut else nullcontext():
         prediction, features = backbone.predict(noisy, timesteps, batch.text.select(told), taps)
     kept = slice(0, count + len(again))
@@ -252,18 +267,23 @@ def denoising(
         snr_gamma=config.snr_gamma,
         prediction_type=backbone.prediction_type,
     )
-    return mse, Seen(noisy[kept], timesteps[kept], told[kept], prediction[kept], _rows(features, kept))
+    return mse, Seen(images[kept], noisy[kept], timesteps[kept], told[kept], prediction[kept], _rows(features, kept))
 
 
 @dataclass(frozen=True)
 class Seen:
     """N rows of a full pass."""
 
+    images: Tensor  # [N] rows of the batch's `latents`
     noisy: Tensor  # [N, C, h, w] z_t
     timesteps: Tensor  # [N]
     texts: Tensor  # [N] rows of the batch's `text`
     prediction: Tensor  # [N, C, h, w]
     features: Features  # at the taps
+
+
+# Blocks of evaluations in a plan, and one that only the full pass knows: the hard image under the hard caption.
+OWN, HARD_CAPTION, RANDOM_CAPTION, HARD_IMAGE, RANDOM_IMAGE, EXPRESSION, TWIN = range(7)
 
 
 class _Plan:
@@ -284,14 +304,26 @@ class _Plan:
             batch.expression,
         )
         self.texts = torch.cat(texts)[self.kept]  # rows of `text`
+        self.blocks = torch.arange(6, device=device).repeat_interleave(count)[self.kept]
+        self.examples = self.images % count
+
+    def is_of(self, block: int, examples: Tensor | None = None) -> Tensor:
+        """Rows, as bool, of a block; of those examples `[B]` (bool) alone where given."""
+        found = self.blocks == block
+        return found if examples is None else found & examples[self.examples]
+
+
+def _noised(backbone: Backbone, batch: Encoded, draw: Draw, images: Tensor) -> tuple[Tensor, Tensor]:
+    """z_t and t of rows of `latents`; noise and timestep are the example's, whatever is shown."""
+    example = images % len(batch)
+    timesteps = draw.timesteps[example]
+    return backbone.add_noise(batch.latents[images], draw.noise[example], timesteps), timesteps
 
 
 def _features(
     backbone: Backbone, taps: Sequence[Tap], batch: Encoded, draw: Draw, images: Tensor, texts: Tensor
 ) -> Features:
-    example = images % len(batch)  # noise and timestep are the example's, whatever is shown
-    timesteps = draw.timesteps[example]
-    noisy = backbone.add_noise(batch.latents[images], draw.noise[example], timesteps)
+    noisy, timesteps = _noised(backbone, batch, draw, images)
     return backbone.features(noisy, timesteps, batch.text.select(texts), taps)
 
 
@@ -303,7 +335,7 @@ def _damped(features: Features, share: float) -> Features:
     return Features(maps, features.timesteps)
 
 
-def _rows(features: Features, rows: slice) -> Features:
+def _rows(features: Features, rows: slice | Tensor) -> Features:
     return Features({tap: value[rows] for tap, value in features.maps.items()}, features.timesteps[rows])
 
 
