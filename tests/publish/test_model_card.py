@@ -113,10 +113,13 @@ def test_paths_of_settings_are_cut(tmp_path: Path) -> None:
     assert "| `data.dataset` | pictures |" in body and "secret" not in body
 
 
-def test_a_control_says_so(tmp_path: Path) -> None:
-    save_config(TuneConfig(objective="denoise_only"), tmp_path / "config.yaml")
+@pytest.mark.parametrize(
+    ("objective", "said"), [("denoise_only", "denoising loss alone"), ("denoise_itm", "better under the right caption")]
+)
+def test_a_lora_without_an_adapter_says_so(tmp_path: Path, objective: str, said: str) -> None:
+    save_config(TuneConfig(objective=objective), tmp_path / "config.yaml")  # type: ignore[arg-type]
     _, body = card_of(tmp_path)
-    assert "denoising loss alone" in body and "--correct" not in body
+    assert said in body and "--correct" not in body
 
 
 @pytest.mark.parametrize("content", [None, "[1, 2", "just text", "model: 3"])

@@ -153,6 +153,20 @@ def test_each_picture_must_be_predicted_better_under_its_own_caption(parts, lack
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("lacks", [None, "caption", "image"])
+def test_without_an_adapter_matching_is_the_same(parts, lacks):
+    backbone, taps, adapter, _, encoded, draw = parts
+    if lacks:
+        encoded = replace(encoded, **{f"has_hard_{lacks}": torch.tensor([True, False, True])})
+    asking = DenoiseConfig(denoise_itm_coef=2.0, denoise_itm_min_timestep=500)
+    with torch.no_grad():
+        alone = DenoiseObjective(backbone, asking)(encoded, draw, 3.0)
+        beside = TuneObjective(backbone, adapter, taps, ItmRecConfig(), asking)(encoded, draw, 3.0)
+    assert alone.keys() == {"loss_mse", "loss_denoise_itm"}
+    for name, value in alone.items():
+        torch.testing.assert_close(value, beside[name], rtol=1e-4, atol=1e-6)
+
+
 def gradients_of_b(cut, loss):
     """Norm of the gradient of each LoRA's B by its module (a fresh A gets none), for one of the losses."""
     backbone = tiny_backbone()

@@ -162,10 +162,34 @@ def test_control_arm_trains_only_the_lora(tune_config, base):
 
 
 def test_control_arm_looks_at_no_negatives(tune_config):
-    assert [set_up(tune_config(objective=name)).examples.view.alone for name in ("denoise_only", "dpt")] == [
-        True,
-        False,
-    ]
+    objectives = ("denoise_only", "denoise_itm", "dpt")
+    alone = {name: set_up(tune_config(objective=name)).examples.view.alone for name in objectives}
+    assert alone == {"denoise_only": True, "denoise_itm": False, "dpt": False}
+
+
+def test_matching_by_the_error_needs_no_adapter_and_the_next_run_goes_on_from_it(tune_config, probe_config, tmp_path):
+    config = tune_config(objective="denoise_itm", denoise_itm_coef=2.0, denoise_itm_min_timestep=0)
+    run_tune(config)
+    (row,) = [row for row in read_metrics(config.output_dir / "metrics.jsonl") if row["split"] == "train"]
+    assert row["loss_denoise_itm"] > 0
+    assert row["loss"] == pytest.approx(row["loss_mse"] + 2 * row["loss_denoise_itm"], rel=1e-5)
+    assert not (config.output_dir / "adapter").exists()
+    probe = probe_config()
+    run_probe(probe)
+    lora, adapter = str(config.output_dir), str(probe.output_dir)
+    then = tune_config(lora=lora, adapter=adapter, denoise_itm_coef=2.0, output_dir=str(tmp_path / "then"))
+    run_tune(then)
+    before, after = (load_file(run.output_dir / "pytorch_lora_weights.safetensors") for run in (config, then))
+    assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)
+
+
+@pytest.mark.parametrize(
+    ("objective", "weight", "message"),
+    [("denoise_only", 1.0, "leave out denoise_itm_coef"), ("denoise_itm", 0.0, "needs a denoise_itm_coef over 0")],
+)
+def test_a_weight_that_does_not_go_with_the_objective(tune_config, objective, weight, message):
+    with pytest.raises(InputError, match=message):
+        run_tune(tune_config(objective=objective, denoise_itm_coef=weight))
 
 
 def test_on_policy_negatives_run(probe_config):

@@ -87,8 +87,10 @@ class TuneConfig(_RunConfig):
     distill: DistillConfig = DistillConfig()
     train: TuneTrainConfig = TuneTrainConfig()
     samples: SamplesConfig = SamplesConfig()
-    objective: Literal["dpt", "denoise_only"] = Field(
-        "dpt", description="`denoise_only` = the control arm: LoRA on the denoising loss alone"
+    objective: Literal["dpt", "denoise_itm", "denoise_only"] = Field(
+        "dpt",
+        description="`denoise_itm` = LoRA on denoising and on matching by its error, without adapter; "
+        "`denoise_only` = the control arm: LoRA on the denoising loss alone",
     )
     output_dir: Path = Field(Path("runs/tune"), description="run folder")
     seed: int = Field(0, ge=0, description="seed of weights, noise and timesteps")

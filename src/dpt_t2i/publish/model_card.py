@@ -80,7 +80,7 @@ def write_model_card(
         "diffusers_loads": True,
         "dit": False,
         "all_settings": CONFIG,
-        "files": replace(files, lora=stage != "probe", adapter="adapter" if stage != "control" else None),
+        "files": replace(files, lora=stage != "probe", adapter="adapter" if stage in ("probe", "tune") else None),
     }
     return _write(run_folder, config, about, {"alignment": alignment, "itm": itm, "rec": rec})
 
@@ -137,8 +137,9 @@ def _write(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any], me
 
 
 def _stage(config: Mapping[str, Any], without_lora: str) -> str:
-    if config.get("objective") == "denoise_only":
-        return "control"
+    alone = {"denoise_only": "control", "denoise_itm": "denoise_itm"}.get(config.get("objective", ""))
+    if alone is not None:
+        return alone
     return "tune" if "lora" in config else without_lora
 
 

@@ -119,9 +119,8 @@ class TuneObjective(nn.Module):
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
         """Unweighted loss terms by name: `loss_mse` too, and `loss_denoise_itm` and `loss_distill` where asked for."""
         plan, count = _Plan(batch), len(batch)
-        late = draw.timesteps >= self.denoise.denoise_itm_min_timestep
-        compared = late if self.denoise.denoise_itm_coef > 0 else torch.zeros_like(late)
-        held = torch.full_like(late, self.teacher is not None)
+        compared = _compared(draw, self.denoise)
+        held = torch.full_like(compared, self.teacher is not None)
         whole = plan.is_of(OWN) | plan.is_of(HARD_CAPTION, compared | held)
         whole |= plan.is_of(RANDOM_CAPTION, held) | plan.is_of(HARD_IMAGE, compared)
         twins = (compared & batch.has_hard_caption & batch.has_hard_image).nonzero()[:, 0]
@@ -138,30 +137,16 @@ class TuneObjective(nn.Module):
         terms |= {"loss_mse": mse}
         blocks = torch.cat([plan.blocks[whole], torch.full_like(twins, TWIN)])
         if self.denoise.denoise_itm_coef > 0:
-            terms |= {"loss_denoise_itm": self._denoise_itm(batch, draw, seen, blocks, compared)}
+            terms |= {"loss_denoise_itm": denoise_itm(self.backbone, batch, draw, seen, blocks, self.denoise)}
         if self.teacher is not None:
             rows = (blocks <= RANDOM_CAPTION).nonzero()[:, 0]
             wanted = self.teacher(seen.noisy[rows], seen.timesteps[rows], batch.text.select(seen.texts[rows]))
             terms |= {"loss_distill": denoise_loss(seen.prediction[rows], wanted)}
         return terms
 
-    def _denoise_itm(self, batch: Encoded, draw: Draw, seen: Seen, blocks: Tensor, compared: Tensor) -> Tensor:
-        """Mean over the batch and both pictures; what does not exist or is not compared counts as zero."""
-        count = len(batch)
-        example = seen.images % count
-        target = self.backbone.target(batch.latents[seen.images], draw.noise[example], seen.timesteps)
-        errors = prediction_error(seen.prediction, target)
-        errors = errors.new_zeros(TWIN + 1, count).index_put((blocks, example), errors)
-        rows = compared & batch.has_hard_caption
-        both = rows & batch.has_hard_image
-        temperature = self.denoise.denoise_itm_temperature
-        loss = denoise_itm_loss(errors[OWN, rows], errors[HARD_CAPTION, rows], temperature).sum()
-        loss = loss + denoise_itm_loss(errors[TWIN, both], errors[HARD_IMAGE, both], temperature).sum()
-        return loss / (2 * count)
-
 
 class DenoiseObjective(nn.Module):
-    """The control arm: the same LoRA, data and steps on the denoising loss alone."""
+    """A LoRA without an adapter: on the denoising loss alone, the control arm, or on matching by its error too."""
 
     def __init__(self, backbone: Backbone, denoise: DenoiseConfig, cut: Tap | None = None) -> None:
         super().__init__()
@@ -169,8 +154,22 @@ class DenoiseObjective(nn.Module):
         self.denoiser = backbone.denoiser
 
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
-        """`loss_mse` only; boxes are not looked at."""
-        return {"loss_mse": denoising(self.backbone, (), batch, draw, self.denoise, self.cut)[0]}
+        """`loss_mse`, and `loss_denoise_itm` where asked for; boxes are not looked at."""
+        if self.denoise.denoise_itm_coef == 0:
+            return {"loss_mse": denoising(self.backbone, (), batch, draw, self.denoise, self.cut)[0]}
+        count, compared = len(batch), _compared(draw, self.denoise)
+        own = torch.arange(count, device=compared.device)
+        hard = own[compared & batch.has_hard_caption]
+        twins = own[compared & batch.has_hard_caption & batch.has_hard_image]
+        images = torch.cat([hard, twins + count, twins + count])
+        texts = torch.cat([batch.hard_caption[hard], batch.caption[twins], batch.hard_caption[twins]])
+        mse, seen = denoising(self.backbone, (), batch, draw, self.denoise, self.cut, (images, texts))
+        parts = ((own, OWN), (hard, HARD_CAPTION), (twins, HARD_IMAGE), (twins, TWIN))
+        blocks = torch.cat([torch.full_like(rows, block) for rows, block in parts])
+        return {
+            "loss_mse": mse,
+            "loss_denoise_itm": denoise_itm(self.backbone, batch, draw, seen, blocks, self.denoise),
+        }
 
 
 def weights_of(
@@ -234,6 +233,35 @@ def discriminate(
         temperature=loss.align_temperature,
     )
     return {name: many * value for name, value in itm.items()} | rec
+
+
+def _compared(draw: Draw, config: DenoiseConfig) -> Tensor:
+    """Examples `[B]` (bool) whose captions are compared by the denoising error."""
+    late = draw.timesteps >= config.denoise_itm_min_timestep
+    return late if config.denoise_itm_coef > 0 else torch.zeros_like(late)
+
+
+def denoise_itm(
+    backbone: Backbone, batch: Encoded, draw: Draw, seen: Seen, blocks: Tensor, config: DenoiseConfig
+) -> Tensor:
+    """Matching by the denoising error: a mean over the batch and both pictures of an example.
+
+    What does not exist, or is not compared at its timestep, counts as zero.
+
+    Args:
+        blocks: `[N]` block of each row of `seen`: OWN, HARD_CAPTION, HARD_IMAGE and TWIN of all that are compared.
+    """
+    count = len(batch)
+    example = seen.images % count
+    errors = prediction_error(
+        seen.prediction, backbone.target(batch.latents[seen.images], draw.noise[example], seen.timesteps)
+    )
+    errors = errors.new_zeros(TWIN + 1, count).index_put((blocks, example), errors)
+    text = _compared(draw, config) & batch.has_hard_caption
+    both = text & batch.has_hard_image
+    loss = denoise_itm_loss(errors[OWN, text], errors[HARD_CAPTION, text], config.denoise_itm_temperature).sum()
+    loss = loss + denoise_itm_loss(errors[TWIN, both], errors[HARD_IMAGE, both], config.denoise_itm_temperature).sum()
+    return loss / (2 * count)
 
 
 def denoising(

@@ -155,7 +155,7 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
         torch.cuda.set_device(place)
     tracker = usable_tracker(train.report_to)
     # Behind the cut nothing asks the LoRA of the control for a gradient, which processes would wait for.
-    cut = isinstance(config, TuneConfig) and config.objective == "denoise_only" and config.denoise.detach_unet_feature
+    cut = isinstance(config, TuneConfig) and config.objective != "dpt" and config.denoise.detach_unet_feature
     try:
         accelerator = Accelerator(
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(cut))],

@@ -2,7 +2,8 @@
 
     dpt tune --adapter runs/probe --output_dir runs/tune
 
-`--objective denoise_only` trains the same LoRA on the denoising loss alone: the control arm.
+`--objective denoise_only` trains the same LoRA on the denoising loss alone: the control arm. `--objective denoise_itm`
+is between the two: matching by the denoising error, and no adapter.
 """
 
 from __future__ import annotations
@@ -40,12 +41,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     discriminative = config.objective == "dpt"
     if discriminative and config.model.adapter in (None, "none"):
         raise InputError("`dpt tune` starts from stage 1: give --adapter RUN/adapter of a `dpt probe` run")
-    for name, weight in (
-        ("denoise_itm_coef", config.denoise.denoise_itm_coef),
-        ("distill_coef", config.distill.distill_coef),
-    ):
-        if not discriminative and weight > 0:
-            raise InputError(f"the control learns from denoising alone; leave out {name}, or set objective to dpt")
+    _check_weights(config)
     setup = set_up(config)
     _put_lora(config, setup)
     cut = _cut_of(config, setup)
@@ -122,6 +118,21 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     report_cut(setup.encoder, config.folder)
     finish(setup)
     return result(config.folder, figures, config.train.best_metric)
+
+
+def _check_weights(config: TuneConfig) -> None:
+    """What an objective leaves out may not be asked for, nor may what it consists of be off."""
+    matching, distill = config.denoise.denoise_itm_coef, config.distill.distill_coef
+    if config.objective == "denoise_itm" and matching == 0:
+        raise InputError("objective denoise_itm needs a denoise_itm_coef over 0; without it is the control's")
+    if config.objective == "denoise_only" and matching > 0:
+        raise InputError(
+            "the control learns from denoising alone; leave out denoise_itm_coef, or set objective to denoise_itm"
+        )
+    if config.objective != "dpt" and distill > 0:
+        raise InputError(
+            f"objective {config.objective} has no teacher: leave out distill_coef, or set objective to dpt"
+        )
 
 
 def _samples(config: TuneConfig, setup: Setup) -> Samples:
