@@ -92,3 +92,8 @@ def test_the_recipe_runs_from_nothing(tmp_path: Path) -> None:
     assert (new - old).norm() < 0.02 * old.norm()  # the weights themselves need not agree where no state points
     (tmp_path / "runs/bundled/unet.pt").unlink()
     assert "3 steps" in stage(tmp_path, "unet", "--weights", "runs/bundled/rebased")
+    # The package's text encoder learns to say more, where the package's denoiser does not look.
+    stage(tmp_path, "tell", "--steps", "2", "--batch", "16")
+    unet, told = package / "base/unet", tmp_path / "runs/bundled/base/text_encoder"
+    before, after = (read_by(unet, encoder) for encoder in (package / "base/text_encoder", told))
+    assert 0 < (after - before).norm() < 0.1 * before.norm()
