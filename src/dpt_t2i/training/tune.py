@@ -124,7 +124,7 @@ def _check_weights(config: TuneConfig) -> None:
     """What an objective leaves out may not be asked for, nor may what it consists of be off."""
     matching, distill = config.denoise.denoise_itm_coef, config.distill.distill_coef
     if config.objective == "denoise_itm" and matching == 0:
-        raise InputError("objective denoise_itm needs a denoise_itm_coef over 0; without it is the control's")
+        raise InputError("objective denoise_itm needs a denoise_itm_coef over 0; denoise_only is the control")
     if config.objective == "denoise_only" and matching > 0:
         raise InputError(
             "the control learns from denoising alone; leave out denoise_itm_coef, or set objective to denoise_itm"
