@@ -145,5 +145,5 @@ def test_every_category_and_rule_occurs(examples):
     rules = Counter(example.negative.rule for example in examples)
     assert set(rules) == {
         "flip_relation", "turn_relation", "swap_objects", "swap_colors", "change_count", "replace_color",
-        "replace_shape",
+        "replace_shape", "repeat_object",
     }  # fmt: skip

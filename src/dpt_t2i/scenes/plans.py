@@ -86,8 +86,8 @@ def near_plans(plan: Plan, rng: Generator) -> Iterator[tuple[Plan, str]]:
     if plan.count is not None:
         others = [n for n in (plan.count - 1, plan.count + 1) if 1 <= n <= 4]
         candidates = [(replace(plan, count=n), "change_count") for n in rng.permutation(others).tolist()] + candidates
-    swaps = [c for c in candidates if not c[1].startswith("replace")]
-    rest = [c for c in candidates if c[1].startswith("replace")]
+    swaps = [c for c in candidates if not c[1].startswith(("replace", "repeat"))]
+    rest = [c for c in candidates if c[1].startswith(("replace", "repeat"))]
     for group in (swaps, rest):
         for index in rng.permutation(len(group)):
             near, rule = group[index]
@@ -123,6 +123,9 @@ def _replacements(plan: Plan, rng: Generator) -> Iterator[tuple[Plan, str]]:
     for shape in rng.permutation(SHAPES).tolist():
         if shape != phrase.shape and replace(phrase, shape=shape) not in taken:
             yield _with(plan, {index: replace(phrase, shape=shape)}), "replace_shape"
+    if plan.category == "two_objects":  # what a denoiser draws that reads one of them twice
+        for mention in plan.mentions:
+            yield Plan("counting", (mention,), count=2), "repeat_object"
 
 
 def _with(plan: Plan, phrases: dict[int, Phrase]) -> Plan:
