@@ -12,9 +12,10 @@ from dpt_t2i.sampling.model import T2IModel
 
 NAMES = (
     "base base_correct base_correct_best4 base_correct_random control control_compute dpt dpt_correct dpt_best4 random "
-    "judge_correct judge_best4 judge_random dpt_onpolicy live live_correct"
+    "dpt_correct_best4 dpt_correct_random judge_correct judge_best4 judge_random dpt_onpolicy live live_correct"
 ).split()
-CORRECTED = {"base_correct", "base_correct_best4", "dpt_correct", "judge_correct", "judge_best4", "live_correct"}
+SEARCHED_CORRECTED = {"base_correct_best4", "dpt_correct_best4", "judge_best4"}
+CORRECTED = {"base_correct", "dpt_correct", "judge_correct", "live_correct"} | SEARCHED_CORRECTED
 TUNED = "dpt/tuned/pytorch_lora_weights.safetensors"
 
 
@@ -37,7 +38,9 @@ def config(base: Path, **settings: object) -> AlignmentConfig:
 def test_the_table() -> None:
     assert list(ARMS) == NAMES
     assert {name for name, arm in ARMS.items() if arm.corrected} == CORRECTED
-    searched = {"base_correct_best4", "base_correct_random", "dpt_best4", "random", "judge_best4", "judge_random"}
+    blind = {arm.random_of: name for name, arm in ARMS.items() if arm.random_of}
+    assert blind == {"dpt_best4": "random"} | {name: name.replace("best4", "random") for name in SEARCHED_CORRECTED}
+    searched = {"dpt_best4"} | SEARCHED_CORRECTED | set(blind.values())
     assert {name: arm.best_of for name, arm in ARMS.items() if arm.best_of > 1} == dict.fromkeys(searched, 4)
     assert {name for pair in PAIRS for name in pair} == set(NAMES)
 
@@ -72,6 +75,8 @@ def test_every_arm_takes_its_own_weights(base: Path) -> None:
         "dpt_correct": tuned,
         "dpt_best4": tuned,
         "random": tuned,
+        "dpt_correct_best4": tuned,
+        "dpt_correct_random": tuned,
         "judge_correct": tuned,
         "judge_best4": tuned,
         "judge_random": tuned,

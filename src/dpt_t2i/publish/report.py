@@ -28,6 +28,8 @@ ARM_MEANING = {
     "dpt_correct": "dpt, self-corrected while sampling",
     "dpt_best4": "dpt, the best of four seeds by its own matching score",
     "random": "dpt, one of the same four seeds at random (expected value)",
+    "dpt_correct_best4": "dpt_correct, the best of four seeds by the same score",
+    "dpt_correct_random": "dpt_correct, one of the same four seeds at random (expected value)",
     "judge_correct": "the plain model, self-corrected with the score of dpt, whose LoRA draws nothing",
     "judge_best4": "judge_correct, the best of four seeds by the same score",
     "judge_random": "judge_correct, one of the same four seeds at random (expected value)",
