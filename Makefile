@@ -33,10 +33,11 @@ bundled: $(STAMP) ## train the bundled model anew, stage by stage; goes on where
 	$(BIN)/python tools/bundled/latents.py
 	$(BIN)/python tools/bundled/unet.py
 	$(BIN)/python tools/bundled/pack.py
+	$(BIN)/python tools/bundled/tell.py
+	$(BIN)/python tools/bundled/pack.py
 	$(BIN)/dpt probe --config configs/bundled/probe.yaml
+	$(BIN)/dpt tune --config configs/bundled/tune_reading.yaml
 	$(BIN)/dpt tune --config configs/bundled/tune.yaml
-	$(BIN)/dpt tune --config configs/bundled/tune_further.yaml
-	$(BIN)/dpt tune --config configs/bundled/tune_kept.yaml
 	$(BIN)/python tools/bundled/pack.py
 
 clean: ## remove caches and builds; .venv and runs/ stay

@@ -31,10 +31,10 @@ def stage(cwd: Path, name: str, *flags: str) -> str:
     return run(cwd, str(ROOT / f"tools/bundled/{name}.py"), *samples, *flags)
 
 
-def train(cwd: Path, command: str, *flags: str) -> str:
+def train(cwd: Path, command: str, config: str) -> str:
     short = ("--max_train_steps", "1", "--train_batch_size", "4", "--validation_steps", "1000", "--device", "cpu")
     base = ("--pretrained_model_name_or_path", "src/dpt_t2i/bundled/base")
-    return run(cwd, "-m", "dpt_t2i", command, "--config", f"configs/bundled/{command}.yaml", *base, *short, *flags)
+    return run(cwd, "-m", "dpt_t2i", command, "--config", f"configs/bundled/{config}.yaml", *base, *short)
 
 
 @torch.no_grad()
@@ -68,8 +68,9 @@ def test_the_recipe_runs_from_nothing(tmp_path: Path) -> None:
     for name in ("vae", "text", "latents", "unet", "pack"):
         stage(tmp_path, name)
     assert "goes on at step" in stage(tmp_path, "unet")  # and is done at once
-    train(tmp_path, "probe")
-    train(tmp_path, "tune")
+    train(tmp_path, "probe", "probe")
+    train(tmp_path, "tune", "tune_reading")
+    train(tmp_path, "tune", "tune")
     stage(tmp_path, "pack")
     package = tmp_path / "src/dpt_t2i/bundled"
     assert (package / "base/dpt/tuned/pytorch_lora_weights.safetensors").is_file()

@@ -26,7 +26,6 @@ TARGET = Path("src/dpt_t2i/bundled")
 LIMIT_MB = 24.0
 PROJECTION = "text_projection.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
-STAGE_2 = ("tune", "tune_further", "tune_kept")  # runs of stage 2, each from the one before it on
 
 
 def main() -> None:
@@ -55,9 +54,8 @@ def main() -> None:
     projection = torch.load(WORK / "text_projection.pt", weights_only=True)  # into the image encoder's space
     save_file({"text_projection.weight": projection["weight"]}, TARGET / "image_encoder" / PROJECTION)
     _take(WORK / "probe" / "adapter", learned / "probe" / "adapter")
-    if (tuned := _last_of_stage_2()) is not None:
-        _take(tuned / "adapter", learned / "tuned" / "adapter")
-        _take(tuned / LORA, learned / "tuned" / LORA)
+    _take(WORK / "tune" / "adapter", learned / "tuned" / "adapter")
+    _take(WORK / "tune" / LORA, learned / "tuned" / LORA)
     for part in ("vae", "text_encoder", "unet"):
         half_weights(TARGET / "base" / part)
     half_weights(TARGET / "image_encoder")
@@ -71,20 +69,6 @@ def main() -> None:
     log.info("pack: %.1f MB of weights in %s", size, TARGET)
     if size > LIMIT_MB:
         raise SystemExit(f"pack: {size:.1f} MB is over the limit of {LIMIT_MB} MB")
-
-
-def _last_of_stage_2() -> Path | None:
-    """The run whose adapter and LoRA ship; stops where an earlier one was made again and the later ones were not."""
-    runs = [WORK / name for name in STAGE_2 if (WORK / name / LORA).is_file()]
-    if not runs:
-        return None
-    newest = max(runs, key=lambda run: (run / LORA).stat().st_mtime)
-    if newest != runs[-1]:
-        raise SystemExit(f"pack: {newest} is newer than {runs[-1]}, which went on from it; run that again or remove it")
-    if not (newest / "adapter").is_dir():
-        raise SystemExit(f"pack: {newest} has a LoRA and no adapter")
-    log.info("pack: stage 2 is %s", newest)
-    return newest
 
 
 def _spell_out(tokenizer: Path) -> None:
