@@ -86,8 +86,8 @@ def near_plans(plan: Plan, rng: Generator) -> Iterator[tuple[Plan, str]]:
     if plan.count is not None:
         others = [n for n in (plan.count - 1, plan.count + 1) if 1 <= n <= 4]
         candidates = [(replace(plan, count=n), "change_count") for n in rng.permutation(others).tolist()] + candidates
-    swaps = [c for c in candidates if not c[1].startswith(("replace", "repeat"))]
     rest = [c for c in candidates if c[1].startswith(("replace", "repeat"))]
+    swaps = [c for c in candidates if c not in rest]
     for group in (swaps, rest):
         for index in rng.permutation(len(group)):
             near, rule = group[index]
