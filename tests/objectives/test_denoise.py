@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpt_t2i.errors import InputError
-from dpt_t2i.objectives.denoise import denoise_itm_loss, denoise_loss
+from dpt_t2i.objectives.denoise import denoise_dpo_loss, denoise_itm_loss, denoise_loss
 
 TARGET = torch.zeros(2, 1, 1, 2)
 PREDICTION = torch.tensor([[[[1.0, 3.0]]], [[[2.0, 0.0]]]])  # squared error 5 and 2 an example
@@ -45,3 +45,15 @@ def test_matching_by_the_error_by_hand() -> None:
     loss.sum().backward()
     assert own.grad.tolist() == pytest.approx([0.2689414, 0.25])  # sigmoid(-1) / (0.5 * 2), 0.5 / (0.5 * 4)
     assert hard.grad.tolist() == pytest.approx([-0.2689414, -0.25])
+
+
+def test_preferring_a_picture_by_hand() -> None:
+    """The own error fell by 0.5, the other rose by 0.5, at temperature 0.5 of the base's own 2: softplus(-1)."""
+    own, hard = torch.tensor([1.5, 3.0], requires_grad=True), torch.tensor([4.5, 2.0], requires_grad=True)
+    plain = [torch.tensor(values, requires_grad=True) for values in ([2.0, 4.0], [4.0, 3.0])]
+    loss = denoise_dpo_loss(own, hard, *plain, temperature=0.5)
+    assert loss.tolist() == pytest.approx([0.3132617, 0.6931472])  # the second pair moved together: a guess
+    loss.sum().backward()
+    assert own.grad.tolist() == pytest.approx([0.2689414, 0.25])
+    assert hard.grad.tolist() == pytest.approx([-0.2689414, -0.25])
+    assert plain[0].grad is None and plain[1].grad is None

@@ -29,13 +29,13 @@ ENDS = {
 }  # fmt: skip
 COUNTS = {
     f"{word}{name}": number
-    for number, names in enumerate((("one", "1"), ("two", "2"), ("three", "3"), ("four", "4")), start=1)
+    for number, names in enumerate((("no",), ("one", "1"), ("two", "2"), ("three", "3"), ("four", "4")))
     for name in names
     for word in ("", "exactly ")
-    if not (word and name.isdigit())
+    if not (word and (name.isdigit() or number == 0))
 }
 PREFIX = re.compile(
-    r"^(?:(?:a (?:photo|picture|drawing|view)|an image) of |a scene with )?(?=an? |one|two|three|four|exactly|\d)"
+    r"^(?:(?:a (?:photo|picture|drawing|view)|an image) of |a scene with )?(?=an? |no |one|two|three|four|exactly|\d)"
 )
 
 Thing = namedtuple("Thing", "shape color size")
@@ -63,7 +63,8 @@ def claims(text: str) -> list[tuple]:
     body = PREFIX.sub("", text)
     if match := re.fullmatch(rf"({_COUNT}) ({_NAMED})", body):
         number, words = match.groups()
-        assert (words.endswith("s") and words != "cross" and not words.endswith(" cross")) == (COUNTS[number] > 1), text
+        plural = words.endswith("s") and words.split()[-1] != "cross"
+        assert plural == (COUNTS[number] != 1), text
         return [("count", thing(words), COUNTS[number])]
     if match := re.fullmatch(rf"(an? {_NAMED}) ({_SIDE}) (an? {_NAMED})", body):
         first, side, second = match.groups()

@@ -1,10 +1,12 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from dpt_t2i.scenes.example import Example, make_example, true_of
 from dpt_t2i.scenes.layout import fits
+from dpt_t2i.scenes.referring import refer
 from tests.scenes import reading
 
 
@@ -70,6 +72,15 @@ def test_a_turned_side_is_turned_on_the_spot_where_there_is_room(examples):
         assert (a.cx > b.cx) == (c.cx > d.cx) if wide else (a.cy > b.cy) == (c.cy > d.cy)
         assert example.negative.scene.background == example.scene.background
     assert total > 100 and kept > 0.25 * total
+
+
+def test_a_picture_of_nothing_keeps_the_ground(examples):
+    empty = [example for example in examples if example.negative.rule == "drop_object"]
+    assert len(empty) > 50
+    for example in empty:
+        assert example.negative.scene.objects == () and example.negative.scene.background == example.scene.background
+        assert refer(example.negative.scene, np.random.default_rng(0)) == ()
+    assert all(e.negative.scene.objects for e in examples if e.negative.rule != "drop_object")
 
 
 def test_the_judge_agrees_with_the_second_reader(examples):
@@ -145,5 +156,5 @@ def test_every_category_and_rule_occurs(examples):
     rules = Counter(example.negative.rule for example in examples)
     assert set(rules) == {
         "flip_relation", "turn_relation", "swap_objects", "swap_colors", "change_count", "replace_color",
-        "replace_shape", "repeat_object",
+        "replace_shape", "repeat_object", "drop_object",
     }  # fmt: skip

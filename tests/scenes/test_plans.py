@@ -28,6 +28,7 @@ def test_training_plans_and_their_negatives_hold_nothing_out(category):
             told = caption(near)
             assert not reading.held_out_words(told.text), told.text
             assert told.facts != caption(plan).facts, told.text
+            assert (near.count == 0) == (rule == "drop_object")
             like = ("counting", 1) if rule == "repeat_object" else (plan.category, len(plan.mentions))
             assert (near.category, len(near.mentions)) == like
 
@@ -120,6 +121,17 @@ def test_negatives_of_two_things_by_hand():
     rng = np.random.default_rng(5)
     firsts = Counter(next(near_plans(draw_plan("two_objects", rng), rng))[1] for _ in range(200))
     assert set(firsts) == {"repeat_object", "replace_shape"} and min(firsts.values()) > 60
+
+
+def test_negatives_of_one_thing_say_that_it_is_not_there_by_hand():
+    rules = near(Plan("single_object", (Mention(Phrase("cross", size="small"), shape_word=1),), prefix=1))
+    assert rules["drop_object"] == {"a photo of no small plus signs"}
+    assert near(Plan("colors", (RED_CIRCLE,)))["drop_object"] == {"no red circles"}
+    rng = np.random.default_rng(5)
+    firsts = Counter(next(near_plans(draw_plan("single_object", rng), rng))[1] for _ in range(200))
+    assert set(firsts) == {"drop_object", "replace_shape"} and min(firsts.values()) > 60
+    for category in set(ALL) - {"single_object", "colors"}:
+        assert "drop_object" not in near(draw_plan(category, rng))
 
 
 def test_the_closest_negatives_come_first():

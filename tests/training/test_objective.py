@@ -1,5 +1,6 @@
 """The one batched pass of six evaluations against six passes written out."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -167,6 +168,56 @@ def test_without_an_adapter_matching_is_the_same(parts, lacks):
         torch.testing.assert_close(value, beside[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def tuned(parts):
+    """The same base with a LoRA that does something."""
+    backbone = tiny_backbone()
+    add_lora(backbone, rank=2)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in backbone.denoiser.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return backbone
+
+
+@pytest.mark.parametrize("matching", [0.0, 2.0])
+@pytest.mark.parametrize("lacks", [None, "image"])
+def test_a_caption_must_prefer_its_picture_more_than_the_base_does(parts, tuned, lacks, matching):
+    """The base's errors are those of a model that never had a LoRA. t = 10 is not asked."""
+    plain, taps, adapter, batch, encoded, draw = parts
+    if lacks:
+        encoded = replace(encoded, has_hard_image=torch.tensor([True, False, True]))
+    asking = DenoiseConfig(
+        denoise_dpo_coef=3.0, denoise_dpo_temperature=0.002, denoise_dpo_min_timestep=500, denoise_itm_coef=matching
+    )
+    with torch.no_grad():
+        own, hard, own_plain, hard_plain = (
+            errors_by_hand(backbone, latents, draw, batch.captions)
+            for backbone in (tuned, plain)
+            for latents in (encoded.latents[:3], encoded.latents[3:6])
+        )
+        for objective in (
+            DenoiseObjective(tuned, asking),
+            TuneObjective(tuned, adapter, taps, ItmRecConfig(), asking),
+        ):
+            found = objective(encoded, draw, 3.0)["loss_denoise_dpo"]
+            won = ((own_plain - own) - (hard_plain - hard)) / (0.002 * own_plain)
+            want = -torch.sigmoid(won).log()
+            assert want[1:].sub(math.log(2)).abs().min() > 0.02  # the LoRA decides something
+            torch.testing.assert_close(found, (want[2] + (0 if lacks else want[1])) / 3, rtol=2e-3, atol=1e-5)
+
+
+def test_the_base_s_errors_take_no_gradient_and_the_lora_is_there_again(parts, tuned):
+    _, _, _, _, encoded, draw = parts
+    asking = DenoiseConfig(mse_loss_coef=0, denoise_dpo_coef=1.0, denoise_dpo_min_timestep=0)
+    objective = DenoiseObjective(tuned, asking)
+    for _ in range(2):  # the second time as the first
+        objective(encoded, draw, 1.0)["loss_denoise_dpo"].backward()
+        assert all(float(p.grad.norm()) > 0 for n, p in tuned.denoiser.named_parameters() if ".lora_B." in n)
+        tuned.denoiser.zero_grad()
+
+
 def gradients_of_b(cut, loss):
     """Norm of the gradient of each LoRA's B by its module (a fresh A gets none), for one of the losses."""
     backbone = tiny_backbone()
@@ -254,6 +305,7 @@ def test_evaluations_without_a_negative_are_left_out(parts):
 
 
 def test_weights_follow_the_config():
-    weights = weights_of(ItmRecConfig(itm_coef=2, giou_coef=7), DenoiseConfig(mse_loss_coef=3, denoise_itm_coef=5))
+    denoise = DenoiseConfig(mse_loss_coef=3, denoise_itm_coef=5, denoise_dpo_coef=6)
+    weights = weights_of(ItmRecConfig(itm_coef=2, giou_coef=7), denoise)
     assert (weights["loss_i2t"], weights["loss_t2i"], weights["loss_giou"], weights["loss_mse"]) == (2, 2, 7, 3)
-    assert weights["loss_denoise_itm"] == 5
+    assert (weights["loss_denoise_itm"], weights["loss_denoise_dpo"]) == (5, 6)

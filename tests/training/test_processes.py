@@ -75,6 +75,7 @@ def test_the_same_training_on_one_process_two_and_with_accumulation(
             "val_samples": 2,
             "learning_rate": RATE,
             "denoise_itm_coef": 1.0,
+            "denoise_dpo_coef": 1.0,
         }
         run_tune(tune_config(output_dir=str(tmp_path / name / precision), **common, max_train_steps=steps))
 
@@ -85,7 +86,8 @@ def test_the_same_training_on_one_process_two_and_with_accumulation(
 
     (first,) = train_rows(tmp_path / "one" / "float32")
     rows = train_rows(tmp_path / "one" / "float64")
-    assert len(rows) == STEPS and {"loss_giou", "loss_mse", "loss_denoise_itm", "grad_norm", "lr"} <= rows[0].keys()
+    assert len(rows) == STEPS and {"loss_giou", "loss_mse", "grad_norm", "lr"} <= rows[0].keys()
+    assert {"loss_denoise_itm", "loss_denoise_dpo"} <= rows[0].keys()
     # cosine: 0 after the last step, wherever it runs
     assert rows[-1]["lr"] == pytest.approx(RATE * (1 + math.cos(math.pi * (STEPS - 1) / STEPS)) / 2)
     weights = all_weights(tmp_path / "one" / "float64")

@@ -1,6 +1,7 @@
 """Both recipes through their public functions, on the tiny model."""
 
 import json
+import math
 import re
 
 import pytest
@@ -185,11 +186,24 @@ def test_matching_by_the_error_needs_no_adapter_and_the_next_run_goes_on_from_it
 
 @pytest.mark.parametrize(
     ("objective", "weight", "message"),
-    [("denoise_only", 1.0, "leave out denoise_itm_coef"), ("denoise_itm", 0.0, "needs a denoise_itm_coef over 0")],
+    [
+        ("denoise_only", {"denoise_itm_coef": 1.0}, "leave out denoise_itm_coef"),
+        ("denoise_only", {"denoise_dpo_coef": 1.0}, "leave out denoise_itm_coef and denoise_dpo_coef"),
+        ("denoise_itm", {}, "needs a denoise_itm_coef or denoise_dpo_coef over 0"),
+    ],
 )
 def test_a_weight_that_does_not_go_with_the_objective(tune_config, objective, weight, message):
     with pytest.raises(InputError, match=message):
-        run_tune(tune_config(objective=objective, denoise_itm_coef=weight))
+        run_tune(tune_config(objective=objective, **weight))
+
+
+def test_preference_alone_is_an_objective(tune_config):
+    config = tune_config(objective="denoise_itm", denoise_dpo_coef=2.0, denoise_dpo_min_timestep=0)
+    run_tune(config)
+    (row,) = [row for row in read_metrics(config.output_dir / "metrics.jsonl") if row["split"] == "train"]
+    assert "loss_denoise_itm" not in row
+    assert row["loss_denoise_dpo"] == pytest.approx(math.log(2), rel=1e-5)  # a fresh LoRA is the base
+    assert row["loss"] == pytest.approx(row["loss_mse"] + 2 * row["loss_denoise_dpo"], rel=1e-5)
 
 
 def test_on_policy_negatives_run(probe_config):

@@ -104,6 +104,7 @@ def test_the_same_training_in_parts_stopped_and_gone_on_with(probe_config, tune_
             "gradient_checkpointing": True,
             "ema_decay": 0.5,
             "denoise_itm_coef": 1.0,
+            "denoise_dpo_coef": 1.0,
         }
         settings |= {"sample_every": 2, "sample_count": 1, "sample_steps": 2, "sample_prompts": ("a star",)}
         run_tune(tune_config(**settings))

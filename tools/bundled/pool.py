@@ -49,7 +49,8 @@ def draw_chunk(chunk: int, folder: Path = POOL) -> None:
         images[row, 1] = np.asarray(render(example.negative.scene, SIZE))
         captions.append((example.caption.text, example.negative.caption.text))
         other = refer(example.negative.scene, np.random.default_rng([5, chunk, row]), most=1)
-        expressions.append((example.expressions[0].text, other[0].text))
+        nothing = example.negative.caption.text  # where there is nothing to refer to
+        expressions.append((example.expressions[0].text, other[0].text if other else nothing))
         rules.append(example.negative.rule)
     partial = folder / f".{chunk:03d}.{os.getpid()}.npz"
     np.savez(

@@ -89,7 +89,7 @@ class TuneConfig(_RunConfig):
     samples: SamplesConfig = SamplesConfig()
     objective: Literal["dpt", "denoise_itm", "denoise_only"] = Field(
         "dpt",
-        description="`denoise_itm` = LoRA on denoising and on matching by its error, without adapter; "
+        description="`denoise_itm` = LoRA on denoising and on what compares its errors, without adapter; "
         "`denoise_only` = the control arm: LoRA on the denoising loss alone",
     )
     output_dir: Path = Field(Path("runs/tune"), description="run folder")

@@ -205,6 +205,13 @@ class DenoiseConfig(Section):
         0.1, gt=0, description="temperature of that, for the difference of the errors as a share of the caption's own"
     )
     denoise_itm_min_timestep: int = Field(300, ge=0, description="lowest timestep at which that is asked")
+    denoise_dpo_coef: float = Field(
+        0.0, ge=0, description="weight of preferring, under a caption, its picture to the hard negative's; 0 = off"
+    )
+    denoise_dpo_temperature: float = Field(
+        0.1, gt=0, description="temperature of that, for the change of the errors as a share of the base's own error"
+    )
+    denoise_dpo_min_timestep: int = Field(300, ge=0, description="lowest timestep at which that is asked")
 
 
 class DistillConfig(Section):

@@ -60,6 +60,24 @@ def denoise_itm_loss(own: Tensor, hard: Tensor, temperature: float) -> Tensor:
     return F.softplus((own - hard) / (temperature * own.detach()))
 
 
+def denoise_dpo_loss(
+    own: Tensor, hard: Tensor, own_reference: Tensor, hard_reference: Tensor, temperature: float
+) -> Tensor:
+    """Preference of a picture over its hard negative under one caption: -log p(own picture) of each pair `[N]`.
+
+    Diffusion-DPO (Wallace et al., CVPR 2024, equation 14) with a hard negative for the picture that lost: against the
+    reference the own picture must be predicted better, or the other worse. As in `denoise_itm_loss` errors are shares
+    of the own one, here the reference's: softplus(((own - own_ref) - (hard - hard_ref)) / (temperature * own_ref)).
+
+    Args:
+        own, hard: `[N]` errors of both pictures at the same noise under the caption of the first.
+        own_reference, hard_reference: `[N]` likewise, of the model without its LoRA; they take no gradient.
+        temperature: > 0.
+    """
+    own_reference, hard_reference = own_reference.detach(), hard_reference.detach()
+    return F.softplus(((own - own_reference) - (hard - hard_reference)) / (temperature * own_reference))
+
+
 def _min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     if prediction_type == "epsilon":
         return (gamma / snr).clamp(max=1.0)  # also right at SNR 0, where min(SNR, gamma) / SNR would be 0 / 0

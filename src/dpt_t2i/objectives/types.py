@@ -17,6 +17,7 @@ LOSS_NAMES = (
     "loss_align",
     "loss_mse",
     "loss_denoise_itm",
+    "loss_denoise_dpo",
     "loss_distill",
 )
 

@@ -98,7 +98,7 @@ def _cast(plan: Plan, rng: Generator) -> list[Phrase]:
 def _restage(plan: Plan, base: Scene, rng: Generator) -> Scene | None:
     """Change as little of `base` as makes the plan true: recast in place, swap or turn places, add or drop things."""
     objects = list(base.objects)
-    wanted = [m.phrase for m in plan.mentions] * (plan.count or 1)
+    wanted = [m.phrase for m in plan.mentions] * (1 if plan.count is None else plan.count)
     while len(objects) > len(wanted):
         objects.pop(int(rng.integers(len(objects))))
     for index, phrase in enumerate(wanted):

@@ -46,6 +46,7 @@ RELATION_WORDS: dict[Relation, tuple[str, ...]] = {
     "below": ("below", "under", "beneath", "lower than"),
 }
 COUNT_WORDS: dict[int, tuple[str, ...]] = {
+    0: ("no",),  # in hard negatives alone
     1: ("one", "exactly one", "1"),
     2: ("two", "exactly two", "2"),
     3: ("three", "exactly three", "3"),
@@ -80,7 +81,7 @@ class Plan:
 
     category: Category
     mentions: tuple[Mention, ...]
-    count: int | None = None  # of `counting`
+    count: int | None = None  # of `counting`, and 0 in the negative that says that a thing is not there
     relation: Relation | None = None  # of `position`: mention 0 as seen from mention 1
     prefix: int = 0
     join: int = 0
@@ -104,7 +105,7 @@ def caption(plan: Plan) -> Caption:
     for index, mention in enumerate(plan.mentions):
         if index > 0:
             text += _joint(plan, index)
-        words = mention.words(plural=plan.count is not None and plan.count > 1)
+        words = mention.words(plural=plan.count not in (None, 1))
         if plan.count is not None:
             text += _pick(COUNT_WORDS[plan.count], plan.count_word) + " "
         else:

@@ -86,7 +86,7 @@ def near_plans(plan: Plan, rng: Generator) -> Iterator[tuple[Plan, str]]:
     if plan.count is not None:
         others = [n for n in (plan.count - 1, plan.count + 1) if 1 <= n <= 4]
         candidates = [(replace(plan, count=n), "change_count") for n in rng.permutation(others).tolist()] + candidates
-    rest = [c for c in candidates if c[1].startswith(("replace", "repeat"))]
+    rest = [c for c in candidates if c[1].startswith(("replace", "repeat", "drop"))]
     swaps = [c for c in candidates if c not in rest]
     for group in (swaps, rest):
         for index in rng.permutation(len(group)):
@@ -126,6 +126,9 @@ def _replacements(plan: Plan, rng: Generator) -> Iterator[tuple[Plan, str]]:
     if plan.category == "two_objects":  # what a denoiser draws that reads one of them twice
         for mention in plan.mentions:
             yield Plan("counting", (mention,), count=2), "repeat_object"
+    if plan.category in ("single_object", "colors"):  # and what one draws that leaves it out, as often as the others
+        for _ in range(len(SHAPES) - 1):
+            yield replace(plan, count=0), "drop_object"
 
 
 def _with(plan: Plan, phrases: dict[int, Phrase]) -> Plan:

@@ -30,7 +30,7 @@ class Referring:
 
 
 def refer(scene: Scene, rng: Generator, most: int = 4) -> tuple[Referring, ...]:
-    """Up to `most` expressions in random order; at least one for every scene that can be drawn."""
+    """Up to `most` expressions in random order; at least one for every scene that shows anything."""
     seen = seen_in(scene)
     found: list[Referring] = []
     for index in rng.permutation(len(seen)).tolist():

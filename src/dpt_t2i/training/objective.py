@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,11 @@ from dpt_t2i.adapter.model import DiscriminativeAdapter, module_name
 from dpt_t2i.adapter.score import match_score
 from dpt_t2i.adapter.types import AdapterOutput
 from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.lora import lora_disabled
 from dpt_t2i.backbones.reader import gradient_cut
 from dpt_t2i.backbones.types import Features, Tap
 from dpt_t2i.config import DenoiseConfig, DistillConfig, ItmRecConfig
-from dpt_t2i.objectives.denoise import denoise_itm_loss, denoise_loss, prediction_error
+from dpt_t2i.objectives.denoise import denoise_dpo_loss, denoise_itm_loss, denoise_loss, prediction_error
 from dpt_t2i.objectives.itm import itm_loss
 from dpt_t2i.objectives.rec import rec_losses
 from dpt_t2i.training.distill import Teacher
@@ -119,10 +120,10 @@ class TuneObjective(nn.Module):
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
         """Unweighted loss terms by name: `loss_mse` too, and `loss_denoise_itm` and `loss_distill` where asked for."""
         plan, count = _Plan(batch), len(batch)
-        compared = _compared(draw, self.denoise)
+        compared, preferred = _compared(draw, self.denoise), _preferred(draw, self.denoise)
         held = torch.full_like(compared, self.teacher is not None)
         whole = plan.is_of(OWN) | plan.is_of(HARD_CAPTION, compared | held)
-        whole |= plan.is_of(RANDOM_CAPTION, held) | plan.is_of(HARD_IMAGE, compared)
+        whole |= plan.is_of(RANDOM_CAPTION, held) | plan.is_of(HARD_IMAGE, compared | preferred)
         twins = (compared & batch.has_hard_caption & batch.has_hard_image).nonzero()[:, 0]
         more = whole.nonzero()[count:, 0]
         images, texts = plan.images[more], plan.texts[more]
@@ -136,8 +137,7 @@ class TuneObjective(nn.Module):
         terms = discriminate((self.adapter,), _damped(read, self.share), plan, batch, num_boxes, self.loss)
         terms |= {"loss_mse": mse}
         blocks = torch.cat([plan.blocks[whole], torch.full_like(twins, TWIN)])
-        if self.denoise.denoise_itm_coef > 0:
-            terms |= {"loss_denoise_itm": denoise_itm(self.backbone, batch, draw, seen, blocks, self.denoise)}
+        terms |= _by_error(self.backbone, batch, draw, seen, blocks, self.denoise)
         if self.teacher is not None:
             rows = (blocks <= RANDOM_CAPTION).nonzero()[:, 0]
             wanted = self.teacher(seen.noisy[rows], seen.timesteps[rows], batch.text.select(seen.texts[rows]))
@@ -154,22 +154,18 @@ class DenoiseObjective(nn.Module):
         self.denoiser = backbone.denoiser
 
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
-        """`loss_mse`, and `loss_denoise_itm` where asked for; boxes are not looked at."""
-        if self.denoise.denoise_itm_coef == 0:
-            return {"loss_mse": denoising(self.backbone, (), batch, draw, self.denoise, self.cut)[0]}
-        count, compared = len(batch), _compared(draw, self.denoise)
+        """`loss_mse`, and the terms by the error that are asked for; boxes are not looked at."""
+        count, compared, preferred = len(batch), _compared(draw, self.denoise), _preferred(draw, self.denoise)
         own = torch.arange(count, device=compared.device)
         hard = own[compared & batch.has_hard_caption]
+        others = own[(compared & batch.has_hard_caption | preferred) & batch.has_hard_image]
         twins = own[compared & batch.has_hard_caption & batch.has_hard_image]
-        images = torch.cat([hard, twins + count, twins + count])
-        texts = torch.cat([batch.hard_caption[hard], batch.caption[twins], batch.hard_caption[twins]])
+        images = torch.cat([hard, others + count, twins + count])
+        texts = torch.cat([batch.hard_caption[hard], batch.caption[others], batch.hard_caption[twins]])
         mse, seen = denoising(self.backbone, (), batch, draw, self.denoise, self.cut, (images, texts))
-        parts = ((own, OWN), (hard, HARD_CAPTION), (twins, HARD_IMAGE), (twins, TWIN))
+        parts = ((own, OWN), (hard, HARD_CAPTION), (others, HARD_IMAGE), (twins, TWIN))
         blocks = torch.cat([torch.full_like(rows, block) for rows, block in parts])
-        return {
-            "loss_mse": mse,
-            "loss_denoise_itm": denoise_itm(self.backbone, batch, draw, seen, blocks, self.denoise),
-        }
+        return {"loss_mse": mse} | _by_error(self.backbone, batch, draw, seen, blocks, self.denoise)
 
 
 def weights_of(
@@ -185,6 +181,7 @@ def weights_of(
         "loss_align": loss.align_coef,
         "loss_mse": denoise.mse_loss_coef if denoise else 1.0,
         "loss_denoise_itm": denoise.denoise_itm_coef if denoise else 0.0,
+        "loss_denoise_dpo": denoise.denoise_dpo_coef if denoise else 0.0,
         "loss_distill": distill.distill_coef if distill else 0.0,
     }
 
@@ -241,27 +238,67 @@ def _compared(draw: Draw, config: DenoiseConfig) -> Tensor:
     return late if config.denoise_itm_coef > 0 else torch.zeros_like(late)
 
 
-def denoise_itm(
-    backbone: Backbone, batch: Encoded, draw: Draw, seen: Seen, blocks: Tensor, config: DenoiseConfig
-) -> Tensor:
-    """Matching by the denoising error: a mean over the batch and both pictures of an example.
+def _preferred(draw: Draw, config: DenoiseConfig) -> Tensor:
+    """Examples `[B]` (bool) whose pictures are."""
+    late = draw.timesteps >= config.denoise_dpo_min_timestep
+    return late if config.denoise_dpo_coef > 0 else torch.zeros_like(late)
 
-    What does not exist, or is not compared at its timestep, counts as zero.
+
+def _by_error(
+    backbone: Backbone, batch: Encoded, draw: Draw, seen: Seen, blocks: Tensor, config: DenoiseConfig
+) -> dict[str, Tensor]:
+    """The terms that compare denoising errors, as far as they are asked for.
+
+    Each is a mean over the batch (that of the captions over both pictures of an example too), in which what does not
+    exist, or is not asked at its timestep, counts as zero.
 
     Args:
-        blocks: `[N]` block of each row of `seen`: OWN, HARD_CAPTION, HARD_IMAGE and TWIN of all that are compared.
+        blocks: `[N]` block of each row of `seen`: OWN, and what is compared of HARD_CAPTION, HARD_IMAGE and TWIN.
     """
-    count = len(batch)
-    example = seen.images % count
-    errors = prediction_error(
-        seen.prediction, backbone.target(batch.latents[seen.images], draw.noise[example], seen.timesteps)
-    )
-    errors = errors.new_zeros(TWIN + 1, count).index_put((blocks, example), errors)
-    text = _compared(draw, config) & batch.has_hard_caption
-    both = text & batch.has_hard_image
-    loss = denoise_itm_loss(errors[OWN, text], errors[HARD_CAPTION, text], config.denoise_itm_temperature).sum()
-    loss = loss + denoise_itm_loss(errors[TWIN, both], errors[HARD_IMAGE, both], config.denoise_itm_temperature).sum()
-    return loss / (2 * count)
+    terms, count = {}, len(batch)
+    errors = _errors(backbone, batch, draw, seen, blocks)
+    if config.denoise_itm_coef > 0:
+        text = _compared(draw, config) & batch.has_hard_caption
+        both = text & batch.has_hard_image
+        loss = denoise_itm_loss(
+            torch.cat([errors[OWN, text], errors[TWIN, both]]),
+            torch.cat([errors[HARD_CAPTION, text], errors[HARD_IMAGE, both]]),
+            config.denoise_itm_temperature,
+        )
+        terms["loss_denoise_itm"] = loss.sum() / (2 * count)
+    if config.denoise_dpo_coef > 0:
+        asked = _preferred(draw, config) & batch.has_hard_image
+        reference = _plain_errors(backbone, batch, draw, seen, blocks, asked)
+        loss = denoise_dpo_loss(
+            errors[OWN, asked],
+            errors[HARD_IMAGE, asked],
+            reference[OWN, asked],
+            reference[HARD_IMAGE, asked],
+            config.denoise_dpo_temperature,
+        )
+        terms["loss_denoise_dpo"] = loss.sum() / count
+    return terms
+
+
+def _plain_errors(backbone: Backbone, batch: Encoded, draw: Draw, seen: Seen, blocks: Tensor, asked: Tensor) -> Tensor:
+    """`_errors` of the model without its LoRA: of OWN, and of HARD_IMAGE of the examples that are `asked` `[B]` (bool).
+
+    OWN is whole, so that each process of a sharded run has something to predict.
+    """
+    rows = (blocks == OWN) | (blocks == HARD_IMAGE) & asked[seen.images % len(batch)]
+    noisy, timesteps, texts = seen.noisy[rows], seen.timesteps[rows], seen.texts[rows]
+    with torch.no_grad(), lora_disabled(backbone):
+        prediction, _ = backbone.predict(noisy, timesteps, batch.text.select(texts))
+    plain = replace(seen, images=seen.images[rows], timesteps=timesteps, prediction=prediction)
+    return _errors(backbone, batch, draw, plain, blocks[rows])
+
+
+def _errors(backbone: Backbone, batch: Encoded, draw: Draw, seen: Seen, blocks: Tensor) -> Tensor:
+    """Error of each row by block and example, `[TWIN + 1, B]`; 0 where there is no such row."""
+    example = seen.images % len(batch)
+    wanted = backbone.target(batch.latents[seen.images], draw.noise[example], seen.timesteps)
+    errors = prediction_error(seen.prediction, wanted)
+    return errors.new_zeros(TWIN + 1, len(batch)).index_put((blocks, example), errors)
 
 
 def denoising(

@@ -3,7 +3,7 @@
     dpt tune --adapter runs/probe --output_dir runs/tune
 
 `--objective denoise_only` trains the same LoRA on the denoising loss alone: the control arm. `--objective denoise_itm`
-is between the two: matching by the denoising error, and no adapter.
+is between the two: matching or preference by the denoising error, and no adapter.
 """
 
 from __future__ import annotations
@@ -122,12 +122,16 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
 
 def _check_weights(config: TuneConfig) -> None:
     """What an objective leaves out may not be asked for, nor may what it consists of be off."""
-    matching, distill = config.denoise.denoise_itm_coef, config.distill.distill_coef
-    if config.objective == "denoise_itm" and matching == 0:
-        raise InputError("objective denoise_itm needs a denoise_itm_coef over 0; denoise_only is the control")
-    if config.objective == "denoise_only" and matching > 0:
+    denoise, distill = config.denoise, config.distill.distill_coef
+    by_error = denoise.denoise_itm_coef + denoise.denoise_dpo_coef
+    if config.objective == "denoise_itm" and by_error == 0:
         raise InputError(
-            "the control learns from denoising alone; leave out denoise_itm_coef, or set objective to denoise_itm"
+            "objective denoise_itm needs a denoise_itm_coef or denoise_dpo_coef over 0; denoise_only is the control"
+        )
+    if config.objective == "denoise_only" and by_error > 0:
+        raise InputError(
+            "the control learns from denoising alone; leave out denoise_itm_coef and denoise_dpo_coef, or set "
+            "objective to denoise_itm"
         )
     if config.objective != "dpt" and distill > 0:
         raise InputError(
