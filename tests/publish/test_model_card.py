@@ -114,7 +114,7 @@ def test_paths_of_settings_are_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "said"), [("denoise_only", "denoising loss alone"), ("denoise_itm", "what is right from what is almost right")]
+    ("objective", "said"), [("denoise_only", "denoising loss alone"), ("denoise_itm", "from what is almost right")]
 )
 def test_a_lora_without_an_adapter_says_so(tmp_path: Path, objective: str, said: str) -> None:
     save_config(TuneConfig(objective=objective), tmp_path / "config.yaml")  # type: ignore[arg-type]
