@@ -37,6 +37,8 @@ bundled: $(STAMP) ## train the bundled model anew, stage by stage; goes on where
 	$(BIN)/python tools/bundled/pack.py
 	$(BIN)/dpt probe --config configs/bundled/probe.yaml
 	$(BIN)/dpt tune --config configs/bundled/tune_reading.yaml
+	$(BIN)/dpt tune --config configs/bundled/tune_first.yaml
+	$(BIN)/dpt tune --config configs/bundled/tune_preference.yaml
 	$(BIN)/dpt tune --config configs/bundled/tune.yaml
 	$(BIN)/python tools/bundled/pack.py
 

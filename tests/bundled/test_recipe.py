@@ -69,8 +69,8 @@ def test_the_recipe_runs_from_nothing(tmp_path: Path) -> None:
         stage(tmp_path, name)
     assert "goes on at step" in stage(tmp_path, "unet")  # and is done at once
     train(tmp_path, "probe", "probe")
-    train(tmp_path, "tune", "tune_reading")
-    train(tmp_path, "tune", "tune")
+    for part in ("tune_reading", "tune_first", "tune_preference", "tune"):
+        train(tmp_path, "tune", part)
     stage(tmp_path, "pack")
     package = tmp_path / "src/dpt_t2i/bundled"
     assert (package / "base/dpt/tuned/pytorch_lora_weights.safetensors").is_file()
