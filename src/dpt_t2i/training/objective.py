@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,7 @@ class TuneObjective(nn.Module):
         """Unweighted loss terms by name: `loss_mse` too, and `loss_denoise_itm` and `loss_distill` where asked for."""
         plan, count = _Plan(batch), len(batch)
         compared, preferred = _compared(draw, self.denoise), _preferred(draw, self.denoise)
+        reference = _reference(self.backbone, batch, draw, self.denoise)
         held = torch.full_like(compared, self.teacher is not None)
         whole = plan.is_of(OWN) | plan.is_of(HARD_CAPTION, compared | held)
         whole |= plan.is_of(RANDOM_CAPTION, held) | plan.is_of(HARD_IMAGE, compared | preferred)
@@ -137,7 +138,7 @@ class TuneObjective(nn.Module):
         terms = discriminate((self.adapter,), _damped(read, self.share), plan, batch, num_boxes, self.loss)
         terms |= {"loss_mse": mse}
         blocks = torch.cat([plan.blocks[whole], torch.full_like(twins, TWIN)])
-        terms |= _by_error(self.backbone, batch, draw, seen, blocks, self.denoise)
+        terms |= _by_error(self.backbone, batch, draw, seen, blocks, self.denoise, reference)
         if self.teacher is not None:
             rows = (blocks <= RANDOM_CAPTION).nonzero()[:, 0]
             wanted = self.teacher(seen.noisy[rows], seen.timesteps[rows], batch.text.select(seen.texts[rows]))
@@ -156,6 +157,7 @@ class DenoiseObjective(nn.Module):
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
         """`loss_mse`, and the terms by the error that are asked for; boxes are not looked at."""
         count, compared, preferred = len(batch), _compared(draw, self.denoise), _preferred(draw, self.denoise)
+        reference = _reference(self.backbone, batch, draw, self.denoise)
         own = torch.arange(count, device=compared.device)
         hard = own[compared & batch.has_hard_caption]
         others = own[(compared & batch.has_hard_caption | preferred) & batch.has_hard_image]
@@ -165,7 +167,7 @@ class DenoiseObjective(nn.Module):
         mse, seen = denoising(self.backbone, (), batch, draw, self.denoise, self.cut, (images, texts))
         parts = ((own, OWN), (hard, HARD_CAPTION), (others, HARD_IMAGE), (twins, TWIN))
         blocks = torch.cat([torch.full_like(rows, block) for rows, block in parts])
-        return {"loss_mse": mse} | _by_error(self.backbone, batch, draw, seen, blocks, self.denoise)
+        return {"loss_mse": mse} | _by_error(self.backbone, batch, draw, seen, blocks, self.denoise, reference)
 
 
 def weights_of(
@@ -245,7 +247,13 @@ def _preferred(draw: Draw, config: DenoiseConfig) -> Tensor:
 
 
 def _by_error(
-    backbone: Backbone, batch: Encoded, draw: Draw, seen: Seen, blocks: Tensor, config: DenoiseConfig
+    backbone: Backbone,
+    batch: Encoded,
+    draw: Draw,
+    seen: Seen,
+    blocks: Tensor,
+    config: DenoiseConfig,
+    reference: Tensor | None,
 ) -> dict[str, Tensor]:
     """The terms that compare denoising errors, as far as they are asked for.
 
@@ -254,9 +262,10 @@ def _by_error(
 
     Args:
         blocks: `[N]` block of each row of `seen`: OWN, and what is compared of HARD_CAPTION, HARD_IMAGE and TWIN.
+        reference: of `_reference`.
     """
     terms, count = {}, len(batch)
-    errors = _errors(backbone, batch, draw, seen, blocks)
+    errors = _errors(backbone, batch, draw, seen.prediction, seen.images, blocks)
     if config.denoise_itm_coef > 0:
         text = _compared(draw, config) & batch.has_hard_caption
         both = text & batch.has_hard_image
@@ -266,38 +275,37 @@ def _by_error(
             config.denoise_itm_temperature,
         )
         terms["loss_denoise_itm"] = loss.sum() / (2 * count)
-    if config.denoise_dpo_coef > 0:
+    if reference is not None:
         asked = _preferred(draw, config) & batch.has_hard_image
-        reference = _plain_errors(backbone, batch, draw, seen, blocks, asked)
-        loss = denoise_dpo_loss(
-            errors[OWN, asked],
-            errors[HARD_IMAGE, asked],
-            reference[OWN, asked],
-            reference[HARD_IMAGE, asked],
-            config.denoise_dpo_temperature,
-        )
+        pairs = (errors[OWN, asked], errors[HARD_IMAGE, asked], reference[OWN, asked], reference[HARD_IMAGE, asked])
+        loss = denoise_dpo_loss(*pairs, config.denoise_dpo_temperature)
         terms["loss_denoise_dpo"] = loss.sum() / count
     return terms
 
 
-def _plain_errors(backbone: Backbone, batch: Encoded, draw: Draw, seen: Seen, blocks: Tensor, asked: Tensor) -> Tensor:
-    """`_errors` of the model without its LoRA: of OWN, and of HARD_IMAGE of the examples that are `asked` `[B]` (bool).
+def _reference(backbone: Backbone, batch: Encoded, draw: Draw, config: DenoiseConfig) -> Tensor | None:
+    """`_errors` of the model without its LoRA: of OWN, and of HARD_IMAGE where pictures are compared. None: nowhere.
 
-    OWN is whole, so that each process of a sharded run has something to predict.
+    For FSDP it goes before all passes with a graph, and OWN is whole, so that each process has something to predict.
     """
-    rows = (blocks == OWN) | (blocks == HARD_IMAGE) & asked[seen.images % len(batch)]
-    noisy, timesteps, texts = seen.noisy[rows], seen.timesteps[rows], seen.texts[rows]
+    if config.denoise_dpo_coef == 0:
+        return None
+    own = torch.arange(len(batch), device=draw.timesteps.device)
+    hard = own[_preferred(draw, config) & batch.has_hard_image]
+    images, blocks = torch.cat([own, hard + len(batch)]), torch.cat([own * 0 + OWN, hard * 0 + HARD_IMAGE])
+    noisy, timesteps = _noised(backbone, batch, draw, images)
     with torch.no_grad(), lora_disabled(backbone):
-        prediction, _ = backbone.predict(noisy, timesteps, batch.text.select(texts))
-    plain = replace(seen, images=seen.images[rows], timesteps=timesteps, prediction=prediction)
-    return _errors(backbone, batch, draw, plain, blocks[rows])
+        prediction, _ = backbone.predict(noisy, timesteps, batch.text.select(batch.caption[images % len(batch)]))
+    return _errors(backbone, batch, draw, prediction, images, blocks)
 
 
-def _errors(backbone: Backbone, batch: Encoded, draw: Draw, seen: Seen, blocks: Tensor) -> Tensor:
-    """Error of each row by block and example, `[TWIN + 1, B]`; 0 where there is no such row."""
-    example = seen.images % len(batch)
-    wanted = backbone.target(batch.latents[seen.images], draw.noise[example], seen.timesteps)
-    errors = prediction_error(seen.prediction, wanted)
+def _errors(
+    backbone: Backbone, batch: Encoded, draw: Draw, prediction: Tensor, images: Tensor, blocks: Tensor
+) -> Tensor:
+    """Error by block and example, `[TWIN + 1, B]`, of predictions for `[N]` rows of `latents`; else 0."""
+    example = images % len(batch)
+    timesteps = draw.timesteps[example]
+    errors = prediction_error(prediction, backbone.target(batch.latents[images], draw.noise[example], timesteps))
     return errors.new_zeros(TWIN + 1, len(batch)).index_put((blocks, example), errors)
 
 
