@@ -174,7 +174,7 @@ def tuned(parts):
     backbone = tiny_backbone()
     torch.manual_seed(0)
     add_lora(backbone, rank=2)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(9)  # its own error at t = 10 is above the base's: it would count
     with torch.no_grad():
         for name, parameter in backbone.denoiser.named_parameters():
             if ".lora_B." in name:
