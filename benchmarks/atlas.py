@@ -35,8 +35,9 @@ from dpt_t2i.data.examples import Examples, collate
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.evaluation.provenance import versions, write_json
 from dpt_t2i.objectives.types import Losses
+from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.encode import Encoded, Encoder
-from dpt_t2i.training.objective import AtlasObjective, Draw, weights_of
+from dpt_t2i.training.objective import AtlasObjective, weights_of
 from dpt_t2i.training.optimizer import make_optimizer
 
 ARMS = {"up1": "up1", "up3": "up3", "all": "all"}

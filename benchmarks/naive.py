@@ -23,7 +23,7 @@ from dpt_t2i.objectives.itm import itm_loss
 from dpt_t2i.objectives.positions import positive_map
 from dpt_t2i.objectives.rec import rec_losses
 from dpt_t2i.objectives.types import GroundingTargets
-from dpt_t2i.training.objective import Draw
+from dpt_t2i.training.denoising import Draw
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,9 @@ from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.evaluation.provenance import versions, write_json
 from dpt_t2i.objectives.types import Losses
 from dpt_t2i.training.cached import CachedEncodings
+from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.encode import Encoded, Encoder
-from dpt_t2i.training.objective import Draw, ProbeObjective, TuneObjective, weights_of
+from dpt_t2i.training.objective import ProbeObjective, TuneObjective, weights_of
 
 TOLERANCE = 1e-4  # between the arms' losses: absolute, or relative where a loss is above 1
 MODELS = ("mid", "bundled")

@@ -12,8 +12,9 @@ from dpt_t2i.adapter.official import adapter_state_from_official
 from dpt_t2i.backbones.lora import place_lora
 from dpt_t2i.config import DenoiseConfig, ItmRecConfig
 from dpt_t2i.objectives.types import GroundingTargets, Losses
+from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.encode import Encoded
-from dpt_t2i.training.objective import Draw, ProbeObjective, TuneObjective, weights_of
+from dpt_t2i.training.objective import ProbeObjective, TuneObjective, weights_of
 from tests.parity.golden import SHARED, adapter, backbone, checkpoint, model, numbers, tensors
 
 BOXES = 5.0  # of the batch: 1, 1, 2, 1

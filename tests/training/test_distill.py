@@ -13,9 +13,10 @@ from dpt_t2i.data.examples import Examples, collate
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.scoring import MatchScorer
+from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.distill import Teacher, _change
 from dpt_t2i.training.encode import Encoder
-from dpt_t2i.training.objective import Draw, TuneObjective
+from dpt_t2i.training.objective import TuneObjective
 from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.trackers import read_metrics
 from dpt_t2i.training.tune import run_tune

@@ -22,8 +22,8 @@ from dpt_t2i.data.records import Record
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.training.checkpoint import checkpoints
+from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.engine import Job, _rate_factor, _step, train
-from dpt_t2i.training.objective import Draw
 from dpt_t2i.training.signals import Signals
 from dpt_t2i.training.trackers import read_metrics
 from dpt_t2i.training.windows import Feed, draws, mix

@@ -14,8 +14,9 @@ from dpt_t2i.data.examples import Examples, collate
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.objectives.itm import itm_loss
 from dpt_t2i.objectives.rec import rec_losses
+from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.encode import Encoder
-from dpt_t2i.training.objective import AtlasObjective, DenoiseObjective, Draw, ProbeObjective, TuneObjective, weights_of
+from dpt_t2i.training.objective import AtlasObjective, DenoiseObjective, ProbeObjective, TuneObjective, weights_of
 from tests.tiny import tiny_adapter, tiny_backbone
 
 

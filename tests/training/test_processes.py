@@ -19,9 +19,9 @@ from dpt_t2i.data.examples import Batch
 from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.training import engine, trackers, tune
 from dpt_t2i.training.checkpoint import checkpoints
+from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.encode import Encoded, Encoder
 from dpt_t2i.training.engine import train
-from dpt_t2i.training.objective import Draw
 from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.setup import Setup, set_up
 from dpt_t2i.training.trackers import read_metrics

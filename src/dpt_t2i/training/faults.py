@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.encode import Encoded
-from dpt_t2i.training.objective import Draw
 
 FOLDER = "nan"
 

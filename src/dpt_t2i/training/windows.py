@@ -13,8 +13,8 @@ from dpt_t2i.config import DataConfig, TrainConfig
 from dpt_t2i.data.examples import Batch, Examples, LeftOut, Part
 from dpt_t2i.data.streams import ShardStream
 from dpt_t2i.errors import InputError
+from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.encode import Encoded, Encoder
-from dpt_t2i.training.objective import Draw
 
 Window = list[tuple[Encoded, Draw]]  # the micro-batches of one optimiser step on this process
 
