@@ -134,7 +134,8 @@ def reference_errors(backbone: Backbone, batch: Encoded, draw: Draw, config: Den
         return None
     own = torch.arange(len(batch), device=draw.timesteps.device)
     hard = own[preferred(draw, config) & batch.has_hard_image]
-    images, blocks = torch.cat([own, hard + len(batch)]), torch.cat([own * 0 + OWN, hard * 0 + HARD_IMAGE])
+    images = torch.cat([own, hard + len(batch)])
+    blocks = torch.cat([torch.full_like(own, OWN), torch.full_like(hard, HARD_IMAGE)])
     noisy, timesteps = noised(backbone, batch, draw, images)
     with torch.no_grad(), lora_disabled(backbone):
         prediction, _ = backbone.predict(noisy, timesteps, batch.text.select(batch.caption[images % len(batch)]))

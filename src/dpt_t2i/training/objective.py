@@ -95,7 +95,8 @@ class TuneObjective(nn.Module):
     Examples with a dropped caption get one more row in the full pass, whose text is empty. With a teacher the example's
     picture goes through the full pass under its two wrong captions too, and all three predictions are held to the
     teacher's. With `denoise_itm_coef` the picture and its hard negative go through it under both of their captions, and
-    each must be predicted better under its own.
+    each must be predicted better under its own; with `denoise_dpo_coef` the picture and its hard negative go through it
+    under the picture's caption, and the picture must gain more on the base, which predicts both first.
 
     Args:
         cut: block behind which the denoising loss sends no gradient into its map (`detach_unet_feature`).
@@ -120,7 +121,7 @@ class TuneObjective(nn.Module):
         self.denoiser = backbone.denoiser  # registered here so that wrappers see the LoRA
 
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
-        """Unweighted loss terms by name: `loss_mse` too, and `loss_denoise_itm` and `loss_distill` where asked for."""
+        """Unweighted loss terms by name: `loss_mse` too; what compares errors and `loss_distill` where asked for."""
         plan, count = _Plan(batch), len(batch)
         by_text, by_image = compared(draw, self.denoise), preferred(draw, self.denoise)
         reference = reference_errors(self.backbone, batch, draw, self.denoise)
