@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import dpt_t2i
@@ -73,7 +74,8 @@ def test_the_recipe_runs_from_nothing(tmp_path: Path) -> None:
         train(tmp_path, "tune", part)
     stage(tmp_path, "pack")
     package = tmp_path / "src/dpt_t2i/bundled"
-    assert (package / "base/dpt/tuned/pytorch_lora_weights.safetensors").is_file()
+    with safe_open(package / "base/dpt/tuned/pytorch_lora_weights.safetensors", "pt") as file:
+        assert "runs/" not in file.metadata()["dpt"]  # no folder of its maker
     pipeline = StableDiffusionPipeline.from_pretrained(package / "base", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     plain = pipeline("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]

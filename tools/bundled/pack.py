@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from common import BASE, WORK, half_weights, log, start
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpt_t2i.config import GenerateConfig, PublishedSampling, build_config
@@ -82,12 +83,15 @@ def _spell_out(tokenizer: Path) -> None:
 
 
 def _take(source: Path, target: Path) -> None:
-    """Copy a run's artifact where it exists; a weight file of an adapter becomes fp16, a LoRA keeps its header."""
+    """Copy a run's artifact where it exists: the weights of an adapter in fp16, a LoRA without its maker's folders."""
     if not source.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_file():
-        shutil.copy2(source, target)
+        with safe_open(source, "pt") as file:
+            header = file.metadata()
+        origin = json.dumps(public(json.loads(header["dpt"])), sort_keys=True)
+        save_file(load_file(source), target, header | {"dpt": origin})
         return
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dpt_t2i.backbones.flow_noising import FlowNoising
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.noising import Noising
 from dpt_t2i.backbones.reader import read_maps, read_output
+from dpt_t2i.backbones.shared_rows import shared_rows
 from dpt_t2i.backbones.taps import parse_taps, tap_of_output
 from dpt_t2i.backbones.types import Features, PipelineCall, Tap, TextStates
 from dpt_t2i.errors import InputError
@@ -31,6 +33,7 @@ class PipelineParts(ABC):
     guidance_scale: float  # the default of the pipeline's own `guidance_scale`
     guidance_interval = (0.0, 1.0)
     eta = 0.0
+    text_free: tuple[str, ...] = ()  # modules that run before the denoiser reads the text
     pipeline_call = PipelineCall()  # how the pipeline itself calls its denoiser: most do as `_denoise` does
 
     def __init__(self, pipeline: Any, name: str, taps: Mapping[str, Tap], noising: Noising | FlowNoising) -> None:
@@ -138,18 +141,41 @@ class PipelineParts(ABC):
         """Signal-to-noise ratio `[B]`."""
         return self.noising.snr(timesteps)
 
-    def features(self, noisy: Tensor, timesteps: Tensor, text: TextStates, taps: Sequence[Tap]) -> Features:
-        """Maps of z_t `[B, C, h, w]` at `taps`, conditioned on `text`; stops at the deepest tap."""
-        maps, _ = read_maps(self.denoiser, taps, self._pass(noisy, timesteps, text), True, _sides(noisy))
+    def features(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: TextStates,
+        taps: Sequence[Tap],
+        pictures: Tensor | None = None,
+    ) -> Features:
+        """Maps of z_t `[B, C, h, w]` at `taps`, conditioned on `text`; stops at the deepest tap.
+
+        Args:
+            pictures: `[B]`: rows with the same number hold the same z_t and t, and are told apart by their texts alone.
+                Changes speed only.
+        """
+        with self._shared(pictures, taps):
+            maps, _ = read_maps(self.denoiser, taps, self._pass(noisy, timesteps, text), True, _sides(noisy))
         return _as_features(maps, noisy, timesteps)
 
     def predict(
-        self, noisy: Tensor, timesteps: Tensor, text: TextStates, taps: Sequence[Tap] = ()
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: TextStates,
+        taps: Sequence[Tap] = (),
+        pictures: Tensor | None = None,
     ) -> tuple[Tensor, Features]:
-        """The denoiser's prediction `[B, C, h, w]` float32, and the maps at `taps` of the same pass."""
-        maps, prediction = read_maps(self.denoiser, taps, self._pass(noisy, timesteps, text), False, _sides(noisy))
+        """The denoiser's prediction `[B, C, h, w]` float32, and the maps at `taps` of the same pass; `pictures` as in
+        `features`."""
+        with self._shared(pictures, taps):
+            maps, prediction = read_maps(self.denoiser, taps, self._pass(noisy, timesteps, text), False, _sides(noisy))
         assert prediction is not None
         return prediction.float(), _as_features(maps, noisy, timesteps)
+
+    def _shared(self, pictures: Tensor | None, taps: Sequence[Tap]) -> AbstractContextManager[None]:
+        return shared_rows(self.denoiser, self.text_free, pictures, [tap.module for tap in taps])
 
     def _pass(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Callable[[], Tensor]:
         return lambda: self._denoise(noisy, timesteps, text)

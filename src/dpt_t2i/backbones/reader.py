@@ -103,7 +103,11 @@ def _hooks_heard(module: nn.Module) -> AbstractContextManager[Any]:
 
     A pass that reads nothing, such as the guided prediction, stays compiled.
     """
-    compiled = hasattr(module, "_orig_mod") or any(
+    return torch.compiler.set_stance("force_eager") if is_compiled(module) else contextlib.nullcontext()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Does any part of it run as a compiled graph?"""
+    return hasattr(module, "_orig_mod") or any(
         getattr(inner, "_compiled_call_impl", None) is not None for inner in module.modules()
     )
-    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()

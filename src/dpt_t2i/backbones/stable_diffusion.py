@@ -11,6 +11,7 @@ from torch import Tensor
 from dpt_t2i.backbones import text as clip_text
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.parts import PipelineParts, architecture_of, check_tokenizer, ddpm_noising
+from dpt_t2i.backbones.shared_rows import before_text
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.backbones.unet_taps import ARCHITECTURE_KEYS, unet_taps
 
@@ -31,6 +32,7 @@ class StableDiffusionBackbone(PipelineParts):
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
         check_tokenizer(pipeline.tokenizer, name)
         super().__init__(pipeline, name, unet_taps(pipeline.unet.config), ddpm_noising(pipeline.scheduler, name))
+        self.text_free = before_text(pipeline.unet)
         self._limit = clip_text.token_limit(pipeline.tokenizer, pipeline.text_encoder)
 
     @property

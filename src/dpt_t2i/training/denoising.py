@@ -63,7 +63,7 @@ def denoising(
     images, told = torch.cat([own, again, dropped]), torch.cat([batch.caption, under, batch.null.expand(len(dropped))])
     noisy, timesteps = noised(backbone, batch, draw, images)
     with gradient_cut(backbone.denoiser, cut) if cut else nullcontext():
-        prediction, features = backbone.predict(noisy, timesteps, batch.text.select(told), taps)
+        prediction, features = backbone.predict(noisy, timesteps, batch.text.select(told), taps, pictures=images)
     kept = slice(0, count + len(again))
     judged = prediction[:count].index_copy(0, dropped, prediction[kept.stop :])
     mse = denoise_loss(

@@ -268,7 +268,7 @@ def _features(
     backbone: Backbone, taps: Sequence[Tap], batch: Encoded, draw: Draw, images: Tensor, texts: Tensor
 ) -> Features:
     noisy, timesteps = noised(backbone, batch, draw, images)
-    return backbone.features(noisy, timesteps, batch.text.select(texts), taps)
+    return backbone.features(noisy, timesteps, batch.text.select(texts), taps, pictures=images)
 
 
 def _damped(features: Features, share: float) -> Features:
