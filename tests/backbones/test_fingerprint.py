@@ -76,3 +76,10 @@ def test_another_vae_or_text_encoder_is_a_warning_that_names_the_part(caplog):
 def test_what_is_no_fingerprint_is_an_input_error():
     with pytest.raises(InputError, match="adapter x does not say which base"):
         check_fingerprint({}, tiny_backbone().fingerprint(), "adapter x")
+
+
+def test_a_compiled_denoiser_is_the_same_base():
+    backbone = tiny_backbone()
+    plain = weights_hash(backbone.denoiser), lora_hash(backbone.denoiser)
+    compiled = torch.compile(backbone.denoiser)  # at its first call; none here
+    assert (weights_hash(compiled), lora_hash(compiled)) == plain

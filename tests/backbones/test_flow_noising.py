@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from dpt_t2i.backbones.flow_noising import FLOW, FlowNoising, flow_noising, resolution_shift
@@ -55,3 +55,10 @@ def test_the_shift_of_a_resolution_is_diffusers_own():
 def test_another_scheduler_is_refused():
     with pytest.raises(InputError, match="base `a`: DDIMScheduler is no scheduler of flow matching"):
         flow_noising(DDIMScheduler(), "a")
+
+
+def test_samplers_of_diffusion_that_are_told_to_sample_flows():
+    for options in ({"use_flow_sigmas": True}, {"prediction_type": FLOW}):
+        assert flow_noising(UniPCMultistepScheduler(**options), "a") == FlowNoising(1000)
+    with pytest.raises(InputError, match="base `a`: UniPCMultistepScheduler is no scheduler of flow matching"):
+        flow_noising(UniPCMultistepScheduler(), "a")

@@ -145,6 +145,35 @@ def test_nothing_is_shared_where_hooks_would_not_be_there_or_not_be_heard():
         assert not any(module._forward_hooks for module in backbone.denoiser.modules())
 
 
+def test_a_dual_transformer_is_no_error():
+    blocks = [SimpleNamespace(resnets=[1], attentions=[SimpleNamespace(transformers=[])], downsamplers=None)]
+    config = {"down_block_types": ("CrossAttnDownBlock2D",)}
+    assert before_text(SimpleNamespace(config=config, down_blocks=blocks)) == PATHS[:2]
+
+
+def test_gradients_repeat_on_several_threads():
+    """Large maps are summed by all threads; `[index]` would add in whatever order these come."""
+    threads, module = torch.get_num_threads(), nn.Linear(64, 64)
+    pictures = torch.arange(4).repeat(6)
+    rows = torch.randn(24, 256, 64, generator=torch.Generator().manual_seed(3))
+    slope = torch.randn(24, 256, 64, generator=torch.Generator().manual_seed(4))
+
+    def gradient():
+        module.zero_grad()
+        with shared_rows(nn.ModuleDict({"one": module}), ["one"], pictures):
+            (module(rows) * slope).sum().backward()
+        return module.weight.grad.clone()
+
+    try:
+        torch.set_num_threads(2)
+        first = gradient()
+        assert all(torch.equal(first, gradient()) for _ in range(8))
+    finally:
+        torch.set_num_threads(threads)
+    with shared_rows(nn.ModuleDict({"one": module}), ["one"], pictures):
+        assert type(module(rows).grad_fn).__name__ == "IndexSelectBackward0"
+
+
 def test_hooks_are_gone_after_an_error():
     backbone = tiny_backbone()
     with pytest.raises(RuntimeError, match="stop"), shared_rows(backbone.denoiser, PATHS, PICTURES):

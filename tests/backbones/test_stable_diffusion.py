@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import T5Config, T5EncoderModel
 
 from dpt_t2i.backbones.stable_diffusion import StableDiffusionBackbone
 from dpt_t2i.errors import InputError
@@ -68,3 +69,28 @@ def test_a_slow_tokenizer_is_refused():
     pipeline.tokenizer.eos_token = None
     with pytest.raises(InputError, match="EOS"):
         StableDiffusionBackbone(pipeline)
+
+
+def test_without_a_clip_there_is_no_pooled_text():
+    pipeline = tiny_pipeline()
+    pipeline.text_encoder = None
+    with pytest.raises(InputError, match="base `b` has no text_encoder, so there is no pooled text vector"):
+        StableDiffusionBackbone(pipeline, "b")
+    pipeline.text_encoder = T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    with pytest.raises(InputError, match=r"base `b`: text_encoder \(T5EncoderModel\) gives no pooled text vector"):
+        StableDiffusionBackbone(pipeline, "b")
+
+
+def test_a_wrong_path_names_the_nearest_module():
+    with pytest.raises(InputError, match=r"did you mean `up_blocks\.1\.attentions\.0`"):
+        tiny_backbone().parse_taps("up_blocks.1.attention.0")
+
+
+@pytest.mark.parametrize("width", [9, 10, 12])
+def test_tokens_of_latents_that_the_stride_does_not_divide(width):
+    """A U-Net halves and rounds up: 8 x 10 latents have 1 x 2 places where the stride is 8, as maps or as tokens."""
+    backbone = tiny_backbone()
+    noisy, text = torch.randn(1, 4, 8, width), backbone.encode_text(["a star"])
+    taps = backbone.parse_taps("mid_mid_block.attentions.0.transformer_blocks.0")
+    maps = backbone.features(noisy, torch.tensor([5]), text, taps).maps
+    assert [tuple(map_.shape) for map_ in maps.values()] == [(1, 32, 1, 2)] * 2

@@ -100,10 +100,27 @@ def test_the_pipeline_itself_reads_the_lora_file(backbone, folder, tmp_path):
     torch.testing.assert_close(tuned, contract.stock_latents(backbone.pipeline), rtol=1e-5, atol=1e-5)
 
 
-def test_half_precision_leaves_the_vae_in_float32(folder):
+def test_half_precision_upcasts_the_vae_and_gives_it_back(folder):
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    exact = load_backbone(folder, device="cpu")
     backbone = load_backbone(folder, device="cpu", dtype="float16")
-    assert backbone.dtype == torch.float16
-    assert backbone.pipeline.vae.dtype == torch.float32  # its config says force_upcast
+    seen = []
+    vae = backbone.pipeline.vae
+    vae.encoder.register_forward_hook(lambda *_: seen.append(vae.dtype))
+    with torch.no_grad():
+        latents = backbone.encode_image(pixels)
+        decoded = backbone.decode_image(latents)
+        torch.testing.assert_close(latents, exact.encode_image(pixels), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(decoded, exact.decode_image(latents), rtol=1e-2, atol=5e-3)
+    assert seen == [torch.float32]  # its config says force_upcast
+    assert vae.dtype == backbone.dtype == torch.float16
+    # The pipeline upcasts what it finds in float16, and nothing else.
+    images = backbone.pipeline("a red circle", num_inference_steps=1, output_type="pt").images
+    assert images.isfinite().all()
+    vae.register_to_config(force_upcast=False)
+    with torch.no_grad():
+        backbone.encode_image(pixels)
+    assert seen[-1] == torch.float16
 
 
 def test_a_second_encoder_without_projection_is_one_clear_error(folder):

@@ -15,6 +15,7 @@ from dpt_t2i.config import TuneTrainConfig
 from dpt_t2i.data.examples import Examples, View
 from dpt_t2i.data.records import Record
 from dpt_t2i.data.transforms import fit_square
+from dpt_t2i.objectives.denoise import denoise_loss
 from dpt_t2i.training.engine import _rate_factor
 
 GOLDEN = load_file(Path(__file__).parent / "adapter.safetensors")
@@ -81,3 +82,17 @@ def test_a_flip_cannot_turn_bright_into_bleft() -> None:
     assert captions == {"a bright bus"} and len(corners) == 2
     captions, corners = shown("a bus on the right")
     assert captions == {"a bus on the right"} and len(corners) == 1
+
+
+def test_min_snr_of_a_predicted_velocity() -> None:
+    """The release weighs v as it weighs noise: min(SNR, gamma) / SNR. By hand, gamma 5: SNR 8 and 2, errors 1 and 4."""
+    snr, prediction = torch.tensor([8.0, 2.0]), torch.tensor([[1.0], [2.0]])
+    theirs = (5 / 8 * 1 + 2 / 2 * 4) / 2
+    ours = (5 / 9 * 1 + 2 / 3 * 4) / 2
+    given = {"snr": snr, "snr_gamma": 5.0}
+    zeros = torch.zeros(2, 1)
+    assert float(denoise_loss(prediction, zeros, **given)) == pytest.approx(theirs)  # of predicted noise both agree
+    assert float(denoise_loss(prediction, zeros, **given, prediction_type="v_prediction")) == pytest.approx(ours)
+    # An error of v is one of the clean latent times SNR + 1, of noise times SNR: so the same weight on that latent.
+    assert theirs == pytest.approx((5 * (1 / 8) + 2 * (4 / 2)) / 2)
+    assert ours == pytest.approx((5 * (1 / 9) + 2 * (4 / 3)) / 2)

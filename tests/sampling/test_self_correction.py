@@ -8,10 +8,13 @@ from diffusers.hooks import apply_group_offloading
 
 import dpt_t2i
 from dpt_t2i.adapter.io import save_adapter
+from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.adapter.types import AdapterOrigin
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.loop import sample
+from dpt_t2i.sampling.model import T2IModel
 from dpt_t2i.sampling.noise import initial_noise
 from dpt_t2i.sampling.schedulers import make_scheduler
 from dpt_t2i.sampling.self_correction import SelfCorrection
@@ -243,6 +246,20 @@ def test_samplers_that_may_undo_a_shift_are_refused_for_the_state_only(name):
         assert (run(pipeline) - plain).norm() > 1e-3 * plain.norm()
     with pytest.raises(InputError, match="a callback fires between steps"):
         noise.callback("a star")
+
+
+def test_an_adapter_in_memory_must_fit():
+    pipeline, other = tiny_pipeline(), tiny_adapter(tiny_backbone())
+    wide = DiscriminativeAdapter(other.config, {"up1": 24}, 48, other.text_dim)
+    with pytest.raises(InputError, match="reads the pooled text of width 48, base `.*` gives 32; use the base that it"):
+        SelfCorrection(pipeline, wide, **RELATIVE)
+    with pytest.raises(InputError, match="reads tap up1 of width 40, base `.*` gives 24"):
+        T2IModel(tiny_backbone(), DiscriminativeAdapter(other.config, {"up1": 40}, 32, 32))
+    made_for = tiny_backbone().fingerprint()
+    made_for["architecture"] = made_for["architecture"] | {"text_width": 77}
+    other.origin = AdapterOrigin(made_for, {})
+    with pytest.raises(InputError, match="the adapter was made for base .*text_width 77.*, not for"):
+        SelfCorrection(pipeline, other, **RELATIVE)
 
 
 def test_offloading_by_layer_is_refused():

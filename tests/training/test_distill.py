@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dpt_t2i.adapter.score import match_score
+from dpt_t2i.adapter.types import AdapterOrigin
 from dpt_t2i.backbones.loading import load_backbone
 from dpt_t2i.backbones.lora import add_lora, lora_parameters
 from dpt_t2i.config import DenoiseConfig, DistillConfig, ItmRecConfig
@@ -184,11 +185,22 @@ def test_a_tuned_start_needs_the_plain_bases_adapter(probe_config, tune_config, 
         "distill_coef": 1.0,
         "output_dir": str(tmp_path / "again"),
     }
-    with pytest.raises(InputError, match="starts from a LoRA with its own adapter; give --distill_adapter"):
+    with pytest.raises(InputError, match="learned with one; give --distill_adapter"):
         run_tune(tune_config(**again))
     run_tune(tune_config(**again, distill_adapter=str(probe.output_dir)))
     with pytest.raises(InputError, match="no adapter in .*nowhere"):
         run_tune(tune_config(**again | {"output_dir": str(tmp_path / "b")}, distill_adapter=str(tmp_path / "nowhere")))
+
+
+def test_an_adapter_that_learned_with_a_lora_is_no_teacher_of_the_plain_base(tune_config) -> None:
+    backbone, adapter = tiny_backbone(), tiny_adapter(tiny_backbone())
+    taps = backbone.parse_taps("up1")
+    config = tune_config(distill_coef=1.0)
+    adapter.origin = AdapterOrigin({**backbone.fingerprint(), "lora": None}, {})
+    assert Teacher.of(config, backbone, adapter, taps) is not None
+    adapter.origin = AdapterOrigin({**backbone.fingerprint(), "lora": "0123456789abcdef"}, {})
+    with pytest.raises(InputError, match="an adapter that learned with one; give --distill_adapter"):
+        Teacher.of(config, backbone, adapter, taps)
 
 
 def test_the_teacher_learns_nothing_with_the_adapter(tune_config) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -155,8 +156,11 @@ class Troubled(Plane):
 def test_what_one_process_meets_all_obey(tmp_path: Path) -> None:
     def skipping() -> None:
         given = job(tmp_path / "skip", Troubled(), on_nan="skip", max_train_steps=9)
+        slow = replace(given, save_artifacts=lambda folder: (time.sleep(0.5), given.save_artifacts(folder)))
         with pytest.raises(Stopped, match="SIGTERM: stopped at step 3 of 9"):
-            train(given, Accelerator(cpu=True))
+            train(slow, Accelerator(cpu=True))
+        # A launcher ends all when the first of them is gone.
+        assert [step for step, _ in checkpoints(tmp_path / "skip")] == [3], "on each process"
         assert given.objective.w.tolist() == pytest.approx([-0.2, 0.2], abs=1e-5)  # type: ignore[union-attr, operator]
 
     def stopping() -> None:

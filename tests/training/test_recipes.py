@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.backbones.loading import load_backbone
+from dpt_t2i.config import TuneConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import probe as probe_module
 from dpt_t2i.training import tune as tune_module
@@ -284,6 +285,39 @@ def test_a_used_folder_is_not_overwritten(probe_config):
         run_probe(probe_config(max_train_steps=1, seed=4))
     assert all(torch.equal(value, before[name]) for name, value in weights(config.output_dir / "checkpoint-1").items())
     assert "seed: 0" in (config.output_dir / "config.yaml").read_text()
+
+
+def test_a_refused_resume_leaves_the_runs_settings(probe_config):
+    config = probe_config(max_train_steps=1)
+    run_probe(config)
+    before = (config.output_dir / "config.yaml").read_text()
+    for changed, message in (
+        ({"train_batch_size": 3}, "was written with examples_a_step = .*; use its settings"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "is no checkpoint"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_probe(probe_config(**{"max_train_steps": 2, "resume_from_checkpoint": "latest"} | changed))
+        assert (config.output_dir / "config.yaml").read_text() == before
+
+
+def test_a_lora_to_go_on_from_brings_its_rank_along(probe_config, tune_config, tmp_path):
+    run_probe(probe_config(max_train_steps=1))
+    adapter = str(probe_config().output_dir / "adapter")
+    few = {"max_train_steps": 1, "adapter": adapter}
+    first = tune_config(**few, rank=3, lora_alpha=6.0, output_dir=str(tmp_path / "first"))
+    run_tune(first)
+    wide = {**few, "lora": str(first.output_dir)}
+    for key, asked, found in (("rank", 8, 3), ("lora_alpha", 3.0, 6)):
+        with pytest.raises(InputError, match=f"LoRA .*first has {key} {found}, not {asked:g}; leave {key} out"):
+            run_tune(tune_config(**wide, output_dir=str(tmp_path / key), **{key: asked}))
+        assert not (tmp_path / key / "config.yaml").exists()
+    again = tune_config(**wide, output_dir=str(tmp_path / "again"))
+    run_tune(again)
+    said = build_config(TuneConfig, again.output_dir / "config.yaml").lora
+    assert (said.rank, said.lora_alpha) == (3, 6.0)
+    onward = {**few, "max_train_steps": 2, "output_dir": str(first.output_dir), "resume_from_checkpoint": "latest"}
+    with pytest.raises(InputError, match="checkpoint-1 holds a LoRA of rank 3 and alpha 6, this run asks for 5 and 5"):
+        run_tune(tune_config(**onward, rank=5))
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(probe_config, tune_config, tmp_path, monkeypatch):

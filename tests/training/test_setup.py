@@ -16,7 +16,7 @@ from dpt_t2i.config import ProbeConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import setup
 from dpt_t2i.training.probe import run_probe
-from dpt_t2i.training.setup import set_up, store_adapter
+from dpt_t2i.training.setup import set_up, store_adapter, write_config
 from tests.data import writers
 
 CPU = torch.device("cpu")
@@ -91,7 +91,7 @@ def test_training_and_validation_are_different_splits(probe_config):
 
 def test_the_run_folder_says_how_it_was_made(probe_config):
     config = probe_config(learning_rate=3e-5, seed=11)
-    set_up(config)
+    write_config(set_up(config).config)
     assert build_config(ProbeConfig, config.output_dir / "config.yaml") == config
 
 
@@ -169,6 +169,6 @@ def test_the_bases_hashes_are_read_once(probe_config, monkeypatch):
 
 def test_a_runs_name_is_its_folder(probe_config):
     config = probe_config(run_name="mine")
-    set_up(config)
+    write_config(set_up(config).config)
     assert (config.output_dir / "mine" / "config.yaml").is_file()
     assert not (config.output_dir / "config.yaml").exists()

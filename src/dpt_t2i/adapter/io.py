@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FORMAT_VERSION = 1
 OWN_GROUNDING_TEXT = "./grounding_text"  # `adapter.grounding_text` of an adapter that carries its own encoder
+PATTERNS = [WEIGHTS, CONFIG, "grounding_text/*"]  # of an adapter's files on the hub
 
 
 def save_adapter(
@@ -37,7 +39,7 @@ def save_adapter(
     """Write the adapter so that `load_adapter` needs nothing else.
 
     Args:
-        adapter: trained or not.
+        adapter: trained or not. A caption encoder of its own, which it was loaded with, goes along.
         folder: made if missing; an adapter already there is replaced, each file in one move.
         base_fingerprint: of the T2I model it was trained on, as `Backbone.fingerprint()` gives it (architecture with
             widths and prediction type, name, hashes of the weights), with `lora`, the hash of the LoRA that the model
@@ -46,10 +48,14 @@ def save_adapter(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    described = adapter.config.model_dump(mode="json")
+    if adapter.own_text is not None:
+        _carry(adapter.own_text, folder / OWN_GROUNDING_TEXT)
+        described["grounding_text"] = OWN_GROUNDING_TEXT
     adapter.origin = AdapterOrigin(dict(base_fingerprint), dict(metadata or {}))
     card = {
         "format_version": FORMAT_VERSION,
-        "adapter": adapter.config.model_dump(mode="json"),
+        "adapter": described,
         "tap_channels": adapter.tap_channels,
         "pooled_dim": adapter.pooled_dim,
         "text_dim": adapter.text_dim,
@@ -95,6 +101,8 @@ def load_adapter(
         ) from error
     place_state(adapter, _read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
     adapter.origin = AdapterOrigin(card["base"], card["metadata"])
+    own = (folder / OWN_GROUNDING_TEXT).resolve()
+    adapter.own_text = own if card["adapter"]["grounding_text"] == str(own) else None
     return adapter.float().to(device).eval(), card["metadata"]
 
 
@@ -128,7 +136,7 @@ def read_adapter_card(folder: Path) -> dict[str, Any]:
             f"{path} has format {card['format_version']}, this version reads {FORMAT_VERSION}; upgrade dpt-t2i"
         )
     if isinstance(card["adapter"], dict) and card["adapter"].get("grounding_text") == OWN_GROUNDING_TEXT:
-        card["adapter"]["grounding_text"] = str((Path(folder) / OWN_GROUNDING_TEXT).resolve())
+        card["adapter"]["grounding_text"] = str((path.parent / OWN_GROUNDING_TEXT).resolve())
     return dict(card)
 
 
@@ -141,7 +149,7 @@ def download_adapter(name: str, revision: str | None = None, **how: Any) -> Path
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, CONFIG], **how))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, **how))
     except Exception as error:  # the hub's client raises some twenty kinds: offline, no such model, gated, ...
         reason = textwrap.shorten(str(error), 160)
         raise InputError(
@@ -167,6 +175,20 @@ def place_state(adapter: DiscriminativeAdapter, state: Mapping[str, Tensor], sou
                 f"{source}: tensor `{key}` has shape {tuple(state[key].shape)}, its config says {tuple(tensor.shape)}"
             )
     adapter.load_state_dict(dict(state), assign=True)
+
+
+def _carry(source: Path, target: Path) -> None:
+    """A folder's files, which nobody edits, once more elsewhere: as links where the disk has them."""
+    if source.resolve() == target.resolve():
+        return
+    target.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        copy = target / file.name
+        copy.unlink(missing_ok=True)
+        try:
+            os.link(file.resolve(), copy)
+        except OSError:  # another disk, or one without links
+            shutil.copy2(file, copy)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ class DiscriminativeAdapter(nn.Module, PyTorchModelHubMixin, library_name="dpt-t
     """
 
     origin: AdapterOrigin | None = None  # set where an adapter is read or written
+    own_text: Path | None = None  # folder of a caption encoder that lies inside the adapter's own
 
     def __init__(self, config: AdapterConfig, tap_channels: Mapping[str, int], pooled_dim: int, text_dim: int) -> None:
         super().__init__()

@@ -43,6 +43,12 @@ _GROUNDING_TEXT = "text_encoder."
 _BUFFERS = ("text_encoder.embeddings.position_ids", "text_encoder.embeddings.token_type_ids")  # counted, not learned
 
 
+ALIGNMENT = tuple(
+    f"contrastive_align_projection_{what}.{part}" for what in ("image", "text") for part in ("weight", "bias")
+)
+ROBERTA_WIDTH = 768
+
+
 @dataclass(frozen=True)
 class OfficialKey:
     """What became of one key of the checkpoint, or what a whole checkpoint would hold and this one does not."""
@@ -92,6 +98,7 @@ def adapter_from_official(
     num_heads: int = 8,
     num_queries_matching: int = 10,
     grounding_text: str = "roberta-base",
+    text_dim: int = ROBERTA_WIDTH,
 ) -> tuple[DiscriminativeAdapter, tuple[OfficialKey, ...]]:
     """Build the adapter that a released checkpoint holds, in eval mode on the CPU, and account for each of its keys.
 
@@ -102,6 +109,8 @@ def adapter_from_official(
     Args:
         state: the adapter's part of a checkpoint (`OfficialParts.adapter`).
         fusion: (channels, side) of the release's `all-<channels>-<side>`; `tap_channels` are then all taps.
+        text_dim: width of the caption encoder's states, looked at where the checkpoint knows no alignment: with
+            `--no_contrastive_align_loss` the release makes neither of its projections. They start afresh then.
 
     Raises:
         InputError: a key is unknown or missing, a shape does not fit the others, or the taps do not fit the projection.
@@ -110,6 +119,10 @@ def adapter_from_official(
     if fusion is None and fused is not None:
         raise InputError(f"the checkpoint was trained on a fused feature; name it: --tap all-{fused.shape[0]}-<size>")
     placed, table = adapter_state_from_official(state, tap_channels, fusion)
+    if fresh := _fresh_alignment(placed, text_dim):
+        placed |= fresh
+        why = "trained without the alignment loss: starts afresh"
+        table += tuple(OfficialKey(key, "missing", why) for key in ALIGNMENT)
     config = AdapterConfig(
         hidden_dim=_size(placed, "queries.weight", 1),
         num_heads=num_heads,
@@ -125,10 +138,9 @@ def adapter_from_official(
         fusion_size=fusion[1] if fusion else None,
         grounding_text=grounding_text,
     )
-    pooled_dim = _size(placed, "match_head.2.weight", 0)
-    text_dim = _size(placed, "grounding.token_align.weight", 1)
+    widths = _size(placed, "match_head.2.weight", 0), _size(placed, "grounding.token_align.weight", 1)
     with torch.device("meta"):
-        adapter = DiscriminativeAdapter(config, tap_channels, pooled_dim, text_dim)
+        adapter = DiscriminativeAdapter(config, tap_channels, *widths)
     _check_shapes(adapter.state_dict(), placed, table)
     place_state(adapter, placed, "the released checkpoint")
     return adapter.float().eval(), table
@@ -192,6 +204,18 @@ def _rename(key: str) -> str:
             return found.expand(name)
     reason = next((why for prefix, why in _REFUSED if key.startswith(prefix)), "unknown to the importer")
     raise InputError(f"released checkpoint: key `{key}` is {reason}")
+
+
+def _fresh_alignment(placed: Mapping[str, Tensor], text_dim: int) -> dict[str, Tensor]:
+    """Both projections of the alignment, of the sizes that the release gives them; nothing where one is there."""
+    ours = [_rename(key) for key in ALIGNMENT]
+    queries = placed.get("queries.weight")
+    if queries is None or queries.ndim != 2 or any(name in placed for name in ours):
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(width, AdapterConfig().contrastive_dim) for width in (queries.shape[1], text_dim)]
+    return dict(zip(ours, [tensor.detach() for layer in layers for tensor in layer.parameters()], strict=True))
 
 
 def _size(placed: Mapping[str, Tensor], name: str, dim: int) -> int:

@@ -15,20 +15,22 @@ from dpt_t2i.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+COMPILED = "_orig_mod."  # what `torch.compile` puts before the names of a module
+
 
 def weights_hash(module: nn.Module) -> str:
     """16 hex digits of the weights of `module` under its LoRA, if any.
 
     Values are rounded to bfloat16 first, so that the same checkpoint has one hash, loaded in float32 or bfloat16.
     """
-    state = module.state_dict()
+    state = {key.replace(COMPILED, ""): value for key, value in module.state_dict().items()}
     plain = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
     return _hash(plain, torch.bfloat16)
 
 
 def lora_hash(module: nn.Module) -> str | None:
     """16 hex digits of the LoRA on `module`, exact; None without one."""
-    state = {key: value for key, value in module.state_dict().items() if ".lora_" in key}
+    state = {key.replace(COMPILED, ""): value for key, value in module.state_dict().items() if ".lora_" in key}
     return _hash(state, torch.float32) if state else None
 
 

@@ -43,7 +43,9 @@ class FlowNoising:
 
 def flow_noising(scheduler: Any, name: str) -> FlowNoising:
     """Raises `InputError` where base `name`'s scheduler is not one of flow matching."""
-    if not type(scheduler).__name__.startswith("FlowMatch"):
+    config = scheduler.config  # UniPC, DPM++ and DEIS sample flows too where they are told so
+    flows = config.get("use_flow_sigmas") or config.get("prediction_type") == FLOW
+    if not (type(scheduler).__name__.startswith("FlowMatch") or flows):
         raise InputError(f"base `{name}`: {type(scheduler).__name__} is no scheduler of flow matching")
     return FlowNoising(int(scheduler.config.num_train_timesteps))
 

@@ -176,16 +176,25 @@ def _load_pipeline(
         import diffusers
 
         family = getattr(diffusers, pipeline_class)
-        # SD 3 is often saved without its T5. What a backbone cannot do without, it asks for itself.
-        index = _read_index(folder)
-        texts = [name for name in signature(family).parameters if name.startswith(("text_encoder", "tokenizer"))]
-        absent = {name: None for name in texts if None in (index.get(name) or [None])}
         try:
-            pipeline = family.from_pretrained(folder, local_files_only=True, **options, **absent)
+            pipeline = family.from_pretrained(folder, local_files_only=True, **options, **absent_texts(folder))
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise InputError(f"base model {folder} does not load: {str(error).strip().splitlines()[0]}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device, dtype)
+
+
+def absent_texts(folder: Path) -> dict[str, None]:
+    """What `from_pretrained` must be told of text encoders and tokenizers that a folder lacks, as SD 3 often its T5.
+
+    What a backbone cannot do without, it asks for itself.
+    """
+    import diffusers
+
+    index = _read_index(folder)
+    pipeline_class = getattr(diffusers, str(index["_class_name"]))
+    texts = [name for name in signature(pipeline_class).parameters if name.startswith(("text_encoder", "tokenizer"))]
+    return {name: None for name in texts if None in (index.get(name) or [None])}
 
 
 @contextlib.contextmanager

@@ -76,6 +76,12 @@ def lora_parameters(backbone: Backbone) -> list[nn.Parameter]:
     return [parameter for name, parameter in backbone.denoiser.named_parameters() if ".lora_" in name]
 
 
+def lora_sizes(backbone: Backbone) -> list[tuple[int, float]]:
+    """Each (rank, alpha) that some layer of the LoRA has; one pair in a LoRA of ours."""
+    layers = [module for module in backbone.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    return sorted({(one.r[ADAPTER_NAME], float(one.lora_alpha[ADAPTER_NAME])) for one in layers})
+
+
 def remove_lora(backbone: Backbone) -> None:
     """Back to the plain base; nothing happens without a LoRA."""
     if not lora_parameters(backbone):

@@ -33,6 +33,7 @@ class PipelineParts(ABC):
     guidance_scale: float  # the default of the pipeline's own `guidance_scale`
     guidance_interval = (0.0, 1.0)
     eta = 0.0
+    upcast_vae = False  # does the pipeline heed the `force_upcast` of a VAE in float16?
     text_free: tuple[str, ...] = ()  # modules that run before the denoiser reads the text
     pipeline_call = PipelineCall()  # how the pipeline itself calls its denoiser: most do as `_denoise` does
 
@@ -71,7 +72,9 @@ class PipelineParts(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        """Where the denoiser runs: where it lies, or where `enable_model_cpu_offload` takes it for a pass."""
+        taken = getattr(getattr(self.denoiser, "_hf_hook", None), "execution_device", None)
+        return next(self.denoiser.parameters()).device if taken is None else torch.device(taken)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,7 +114,7 @@ class PipelineParts(ABC):
     def parse_taps(self, text: str) -> tuple[Tap, ...]:
         """Taps by name (`up1`, `bottom0_up1`) or by dotted path (`up_blocks.1.attentions.0`), whose channels are found
         by one small pass. Raises `InputError` for an unknown name, naming the nearest."""
-        return parse_taps(text, self.taps, self._inner_tap)
+        return parse_taps(text, self.taps, self._inner_tap, dict(self.denoiser.named_modules()))
 
     def null_text(self, batch: int) -> TextStates:
         """The empty prompt, `batch` times."""
@@ -123,11 +126,15 @@ class PipelineParts(ABC):
         Raises:
             InputError: a side is no multiple of `vae_scale`.
         """
-        return vae_latents.encode_image(self.pipeline.vae, pixels, self.vae_scale, generator)
+        return vae_latents.encode_image(self.pipeline.vae, pixels, self.vae_scale, generator, self.upcast_vae)
+
+    def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `encode_image`: mean and log-variance, each `[B, C, h, w]`, before the denoiser's scaling."""
+        return vae_latents.encode_posterior(self.pipeline.vae, pixels, self.vae_scale, self.upcast_vae)
 
     def decode_image(self, latents: Tensor) -> Tensor:
         """`[B, C, h, w]` -> pixels `[B, 3, H, W]`, nominally in [-1, 1], not clamped."""
-        return vae_latents.decode_image(self.pipeline.vae, latents)
+        return vae_latents.decode_image(self.pipeline.vae, latents, self.upcast_vae)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t `[B, C, h, w]`, the denoiser's input, from clean latents, noise and timesteps `[B]`."""
@@ -217,12 +224,6 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
     """Raises `InputError` where base `name`'s tokenizer cannot say where a token lies in the text, or where it ends."""
     if tokenizer is None or not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise InputError(f"base `{name}`: the tokenizer needs an EOS token and character offsets (a fast tokenizer)")
-
-
-def mend_half_precision_vae(vae: Any) -> None:
-    """A VAE whose activations leave float16's range says so in its config; it then runs in float32, as in diffusers."""
-    if vae.dtype == torch.float16 and vae.config.force_upcast:
-        vae.float()
 
 
 def _sides(noisy: Tensor) -> tuple[int, int]:

@@ -15,7 +15,6 @@ from dpt_t2i.backbones.parts import (
     architecture_of,
     check_tokenizer,
     ddpm_noising,
-    mend_half_precision_vae,
 )
 from dpt_t2i.backbones.types import Tap, TextStates
 from dpt_t2i.errors import InputError
@@ -43,6 +42,7 @@ class PixArtSigmaBackbone(PipelineParts):
     """
 
     denoiser_key = "transformer"
+    upcast_vae = True
     guidance_scale = 4.5
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
@@ -52,7 +52,6 @@ class PixArtSigmaBackbone(PipelineParts):
         if pipeline.transformer.use_additional_conditions:
             raise InputError(f"base `{name}`: its transformer takes size conditions, which is PixArt-Alpha, not Sigma")
         super().__init__(pipeline, name, dit_taps(pipeline.transformer.config), ddpm_noising(pipeline.scheduler, name))
-        mend_half_precision_vae(pipeline.vae)
         self._limit = min(int(pipeline.tokenizer.model_max_length), MAX_TOKENS)
 
     @property

@@ -37,7 +37,8 @@ def before_text(unet: Any) -> tuple[str, ...]:
             continue
         if kind == "CrossAttnDownBlock2D":
             paths.append(f"{path}.resnets.0")
-            if not block.attentions[0].transformer_blocks[0].only_cross_attention:
+            layers = getattr(block.attentions[0], "transformer_blocks", None)  # None: a dual transformer
+            if layers is not None and not layers[0].only_cross_attention:
                 paths.append(f"{path}.attentions.0.transformer_blocks.0.attn1")
         break
     return tuple(paths)
@@ -70,13 +71,17 @@ def shared_rows(
     first = torch.zeros_like(found, dtype=rows.dtype).scatter_reduce(0, index, rows, "amin", include_self=False)
 
     def once(value: Any) -> Any:
-        return value[first] if isinstance(value, Tensor) and value.ndim and len(value) == len(rows) else value
+        return (
+            value.index_select(0, first)
+            if isinstance(value, Tensor) and value.ndim and len(value) == len(rows)
+            else value
+        )
 
     def before(_module: nn.Module, inputs: Any, named: Any) -> Any:
         return tuple(once(value) for value in inputs), {name: once(value) for name, value in named.items()}
 
     def behind(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return output[index]
+        return output.index_select(0, index)  # on a CPU its gradient is summed in one order; that of `[index]` is not
 
     modules = [denoiser.get_submodule(path) for path in paths]
     handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]

@@ -14,6 +14,7 @@ from dpt_t2i.backbones.parts import PipelineParts, architecture_of, check_tokeni
 from dpt_t2i.backbones.shared_rows import before_text
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.backbones.unet_taps import ARCHITECTURE_KEYS, unet_taps
+from dpt_t2i.errors import InputError
 
 
 class StableDiffusionBackbone(PipelineParts):
@@ -23,13 +24,15 @@ class StableDiffusionBackbone(PipelineParts):
     also that of the pipeline.
 
     Raises:
-        InputError: the tokenizer cannot give character offsets or has no EOS token.
+        InputError: the tokenizer cannot give character offsets or has no EOS token, or the text encoder is missing or
+            no CLIP.
     """
 
     denoiser_key = "unet"
     guidance_scale = 7.5
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
+        _check_text_encoder(pipeline.text_encoder, name)
         check_tokenizer(pipeline.tokenizer, name)
         super().__init__(pipeline, name, unet_taps(pipeline.unet.config), ddpm_noising(pipeline.scheduler, name))
         self.text_free = before_text(pipeline.unet)
@@ -77,3 +80,13 @@ class StableDiffusionBackbone(PipelineParts):
             noisy.to(self.dtype), timesteps, encoder_hidden_states=text.tokens.to(self.dtype), return_dict=False
         )[0]
         return prediction
+
+
+def _check_text_encoder(encoder: Any, name: str) -> None:
+    if encoder is None:
+        raise InputError(f"base `{name}` has no text_encoder, so there is no pooled text vector to match with")
+    if not hasattr(encoder.config, "max_position_embeddings"):
+        raise InputError(
+            f"base `{name}`: text_encoder ({type(encoder).__name__}) gives no pooled text vector; it must be a "
+            "CLIPTextModel"
+        )

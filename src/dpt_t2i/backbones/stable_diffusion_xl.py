@@ -15,7 +15,6 @@ from dpt_t2i.backbones.parts import (
     architecture_of,
     check_tokenizer,
     ddpm_noising,
-    mend_half_precision_vae,
 )
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.backbones.unet_taps import ARCHITECTURE_KEYS, unet_taps
@@ -34,6 +33,7 @@ class StableDiffusionXLBackbone(PipelineParts):
     """
 
     denoiser_key = "unet"
+    upcast_vae = True
     guidance_scale = 5.0
 
     def __init__(self, pipeline: Any, name: str = "unnamed") -> None:
@@ -43,7 +43,6 @@ class StableDiffusionXLBackbone(PipelineParts):
         if config.projection_class_embeddings_input_dim != pipeline.text_encoder_2.config.projection_dim + conditions:
             raise InputError(f"base `{name}`: its U-Net takes other size conditions; give the base model, no refiner")
         super().__init__(pipeline, name, unet_taps(config), ddpm_noising(pipeline.scheduler, name))
-        mend_half_precision_vae(pipeline.vae)
         self._encoders = (
             (pipeline.tokenizer, pipeline.text_encoder),
             (pipeline.tokenizer_2, pipeline.text_encoder_2),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -18,7 +18,10 @@ FUSION = re.compile(r"(?P<taps>.+)-(?P<channels>[1-9]\d*)-(?P<side>[1-9]\d*)")
 
 
 def parse_taps(
-    text: str, table: Mapping[str, Tap], inner: Callable[[str], Tap | None] | None = None
+    text: str,
+    table: Mapping[str, Tap],
+    inner: Callable[[str], Tap | None] | None = None,
+    modules: Iterable[str] = (),
 ) -> tuple[Tap, ...]:
     """The taps named in `text`: names of `table` and dotted module paths, joined with `_` (`bottom0_up1`), or `all`.
 
@@ -27,6 +30,7 @@ def parse_taps(
     Args:
         inner: finds the tap of a dotted path, or None where the denoiser has no such module. Paths hold underscores
             themselves, so at each place the longest text that names something is taken.
+        modules: paths of all inner modules, among which the nearest to a wrong path is looked for.
 
     Raises:
         InputError: a name is unknown (names the nearest) or comes twice.
@@ -46,7 +50,7 @@ def parse_taps(
                 start = end
                 break
         else:
-            raise InputError(_unknown("_".join(parts[start:]), table))
+            raise InputError(_unknown("_".join(parts[start:]), table, modules))
     names = [tap.name for tap in found]
     if len(set(names)) < len(names):
         raise InputError(f"tap `{text}` names a block twice; give each once")
@@ -74,7 +78,8 @@ def pick_map(output: Any, tap: Tap, sides: tuple[int, int] | None = None) -> Ten
         return value.contiguous()
     if sides is None:
         raise ValueError(f"tap `{tap.name}` gives tokens: say the latents' sides")
-    rows, columns = (side // tap.stride for side in sides)
+    # A U-Net rounds up where it halves; patches divide.
+    rows, columns = (-(-side // tap.stride) for side in sides)
     return value.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -122,9 +127,9 @@ def _lookup(name: str, table: Mapping[str, Tap], inner: Callable[[str], Tap | No
     return inner(name) if inner is not None and "." in name else None
 
 
-def _unknown(rest: str, table: Mapping[str, Tap]) -> str:
+def _unknown(rest: str, table: Mapping[str, Tap], modules: Iterable[str]) -> str:
     """`rest` starts with the unknown name; it may be a dotted path, or end in further names."""
     name = rest if "." in rest else rest.split("_")[0]
-    near = difflib.get_close_matches(name, table, n=1)
+    near = difflib.get_close_matches(name, list(modules) if "." in name else table, n=1)
     hint = f"did you mean `{near[0]}`? " if near else ""
     return f"unknown tap `{name}`; {hint}known: {', '.join(table)}, or the dotted path of an inner module"

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dpt_t2i.adapter.io import OWN_GROUNDING_TEXT
 from dpt_t2i.backbones.fingerprint import check_fingerprint, part_hashes, weights_hash
-from dpt_t2i.backbones.loading import DTYPES, choose_artifacts
+from dpt_t2i.backbones.loading import DTYPES, absent_texts, choose_artifacts
 from dpt_t2i.backbones.lora import LORA_FILE, diffusers_reader, lora_file, lora_metadata
 from dpt_t2i.backbones.lora_files import DIFFUSERS_HEADER_KEY, HEADER_KEY, LoraFile, LoraLayer, read_lora
 from dpt_t2i.config import ExportConfig
@@ -100,7 +101,7 @@ def write_merged(
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"output folder {folder} is not empty; give a new one for a merged model")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(base.folder, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(base.folder, local_files_only=True, **absent_texts(base.folder))
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"base model {base.folder} does not load: {str(error).strip().splitlines()[0]}") from error
     denoiser: nn.Module = getattr(pipeline, base.denoiser_key)
@@ -148,9 +149,11 @@ def _adapter_card(folder: Path) -> dict[str, Any]:
         card: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise FileNotFoundError(f"{ADAPTER_WEIGHTS} is missing")
-        # `adapter` stays whole: it may name a part of this very folder
-        return {**card, "base": dict(public(card["base"])), "metadata": public(card["metadata"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        told, text = dict(card["adapter"]), card["adapter"].get("grounding_text")
+        if text is not None and text != OWN_GROUNDING_TEXT:  # that one is a part of this very folder
+            told["grounding_text"] = public(text)
+        return {**card, "adapter": told, "base": dict(public(card["base"])), "metadata": public(card["metadata"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} is no adapter folder ({error}); give the one that `dpt probe` wrote") from error
 
 

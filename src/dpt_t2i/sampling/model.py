@@ -29,10 +29,7 @@ class T2IModel:
     def __init__(self, backbone: Backbone, adapter: DiscriminativeAdapter | None = None) -> None:
         self.backbone = backbone
         self.adapter = adapter
-        self.scorer: MatchScorer | None = None
-        if adapter is not None:
-            taps = [backbone.parse_taps(name)[0] for name in adapter.tap_channels]
-            self.scorer = MatchScorer(backbone, adapter, taps)
+        self.scorer = None if adapter is None else MatchScorer.of(backbone, adapter)
 
     @property
     def pipeline(self) -> Any:

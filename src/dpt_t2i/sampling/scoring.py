@@ -27,6 +27,24 @@ class MatchScorer:
         self.adapter = adapter.eval()
         self.taps = tuple(taps)
 
+    @classmethod
+    def of(cls, backbone: Backbone, adapter: DiscriminativeAdapter) -> MatchScorer:
+        """The scorer of an adapter that reads its own taps.
+
+        Raises:
+            InputError: `backbone` has no such tap, or other widths than the adapter was made for.
+        """
+        taps = [backbone.parse_taps(name)[0] for name in adapter.tap_channels]
+        widths = [(f"tap {tap.name}", adapter.tap_channels[tap.name], tap.channels) for tap in taps]
+        widths.append(("the pooled text", adapter.pooled_dim, backbone.pooled_dim))
+        for what, wanted, given in widths:
+            if wanted != given:
+                raise InputError(
+                    f"the adapter reads {what} of width {wanted}, base `{backbone.name}` gives {given}; use the base "
+                    "that it was trained on"
+                )
+        return cls(backbone, adapter, taps)
+
     def __call__(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         """z_t `[B, C, h, w]`, t `[B]`, B texts -> scores `[B]` in [-1, 1]; differentiable in z_t."""
         features = self.backbone.features(noisy, timesteps, text, self.taps)

@@ -21,6 +21,7 @@ import torch
 
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.backbones.fingerprint import check_fingerprint
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import backbone_of
 from dpt_t2i.config import CorrectionConfig, build_config
@@ -56,10 +57,11 @@ class SelfCorrection:
         if not isinstance(adapter, DiscriminativeAdapter):
             adapter, metadata = load_adapter(Path(adapter), torch.device("cpu"), self.backbone.fingerprint())
             stored = metadata.get("correction") or {}
+        elif adapter.origin is not None:
+            check_fingerprint(adapter.origin.base, self.backbone.fingerprint(), "the adapter")
         self.config = build_config(CorrectionConfig, overrides={**stored, **settings})
         _check_settings(self.config)
-        taps = [self.backbone.parse_taps(name)[0] for name in adapter.tap_channels]
-        self.scorer = MatchScorer(self.backbone, adapter.requires_grad_(False), taps)
+        self.scorer = MatchScorer.of(self.backbone, adapter.requires_grad_(False))
 
     def callback(
         self, prompt: str | Sequence[str], height: int | None = None, width: int | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpt_t2i.backbones.fingerprint import part_hashes
 from dpt_t2i.backbones.interface import Backbone
-from dpt_t2i.backbones.latents import draw_latents, encode_posterior
+from dpt_t2i.backbones.latents import draw_latents
 from dpt_t2i.backbones.loading import load_backbone
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.config import CacheConfig, TrainDataConfig
@@ -191,7 +191,7 @@ def _latents(
     squares = missing()
     while batch := list(islice(squares, vae_batch_size)):
         pixels = torch.stack(batch).to(cached.backbone.device)
-        mean, log_variance = encode_posterior(cached.backbone.pipeline.vae, pixels, cached.backbone.vae_scale)
+        mean, log_variance = cached.backbone.encode_posterior(pixels)
         means.append(mean.cpu())
         log_variances.append(log_variance.cpu())
         beat()

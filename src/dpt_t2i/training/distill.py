@@ -47,7 +47,7 @@ class Teacher:
         """None where the config asks for none. The scorer is `distill_adapter`, else a copy of `adapter` as it is now.
 
         Raises:
-            InputError: the start is a LoRA, whose adapter is not the plain base's, and no other is named; the adapter
+            InputError: the adapter to start from is not the plain base's, and no other is named; the adapter
                 that is cannot be read, or is another base's; or FSDP.
         """
         settings = config.distill
@@ -60,15 +60,14 @@ class Teacher:
         if settings.distill_adapter is not None:
             plain = {**backbone.fingerprint(), "lora": None}
             scoring, _ = load_adapter(settings.distill_adapter, backbone.device, plain)
-            taps = [backbone.parse_taps(name)[0] for name in scoring.tap_channels]
-        elif config.model.lora in (None, "none"):
-            scoring = copy.deepcopy(adapter)
-        else:
+            return Teacher(backbone, MatchScorer.of(backbone, scoring.requires_grad_(False)), settings)
+        of_a_lora = adapter.origin is not None and adapter.origin.base.get("lora") is not None
+        if of_a_lora or config.model.lora not in (None, "none"):
             raise InputError(
-                "distill_coef corrects the plain base, and this run starts from a LoRA with its own adapter; give "
-                "--distill_adapter RUN/adapter of the `dpt probe` run"
+                "distill_coef corrects the plain base, and this run starts from a LoRA or from an adapter that learned "
+                "with one; give --distill_adapter RUN/adapter of the `dpt probe` run"
             )
-        return Teacher(backbone, MatchScorer(backbone, scoring.requires_grad_(False), taps), settings)
+        return Teacher(backbone, MatchScorer(backbone, copy.deepcopy(adapter).requires_grad_(False), taps), settings)
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         """z_t `[B, C, h, w]`, t `[B]`, B texts -> what should be predicted `[B, C, h, w]` float32, without a graph.

@@ -57,6 +57,7 @@ class Job:
     sample_every: int = 0  # optimiser steps; 0 = never
     clipped_apart: Sequence[nn.Module] = ()  # parts of the objective whose gradients are clipped each by its own norm
     backbone: Backbone | None = None  # whose frozen weights FSDP may share out; None = nothing is frozen
+    begin: Callable[[], None] | None = None  # once a checkpoint to go on from is known to fit; on the main process only
     at_end: Callable[[], None] | None = None  # measures what came of it, on every process, after the last step
 
 
@@ -108,6 +109,8 @@ class _Run:
             self.step, self.skipped = int(saved["step"]), int(saved.get("skipped", 0))
             if accelerator.is_main_process:
                 drop_later(job.output_dir, self.step)
+        if job.begin is not None and accelerator.is_main_process:
+            job.begin()
         self.factor = _rate_factor(self.settings)
         self.base = _sharded_base(job, accelerator)
         if self.base is None:
@@ -143,6 +146,8 @@ class _Run:
         self.progress.bar.update(1)
         if outcome.signal:
             self.save()
+            # A launcher ends the others when one process is gone: none goes before the checkpoint is whole.
+            self.accelerator.wait_for_everyone()
             name, steps = signal.Signals(outcome.signal).name, f"step {self.step} of {self.settings.max_train_steps}"
             raise Stopped(
                 outcome.signal,

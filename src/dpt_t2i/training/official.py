@@ -18,10 +18,10 @@ from torch import Tensor
 from dpt_t2i.adapter.grounding_text import save_tuned_grounding_text
 from dpt_t2i.adapter.io import OWN_GROUNDING_TEXT, save_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
-from dpt_t2i.adapter.official import OfficialKey, OfficialParts, adapter_from_official, sort_official
+from dpt_t2i.adapter.official import ROBERTA_WIDTH, OfficialKey, OfficialParts, adapter_from_official, sort_official
 from dpt_t2i.adapter.official_file import read_official
 from dpt_t2i.backbones.interface import Backbone
-from dpt_t2i.backbones.loading import load_backbone
+from dpt_t2i.backbones.loading import load_backbone, read_json
 from dpt_t2i.backbones.lora import LORA_FILE, PROJECTIONS, lora_parameters, place_lora, save_lora
 from dpt_t2i.backbones.taps import parse_fusion
 from dpt_t2i.config import ImportOfficialConfig
@@ -43,6 +43,11 @@ def run_import(config: ImportOfficialConfig, checkpoint: Path) -> dict[str, Any]
             Nothing is written then.
     """
     parts = sort_official(read_official(checkpoint))
+    if parts.lora and not parts.adapter:
+        raise InputError(
+            f"checkpoint {checkpoint} holds the denoiser's LoRA alone (the release's --only_train_lora) and no "
+            "adapter; give one that stage 2 wrote with both"
+        )
     backbone = load_backbone(config.pretrained_model_name_or_path, config.revision, config.device)
     _check_base(parts, backbone)
     adapter, table = _adapter(parts, backbone, config)
@@ -82,7 +87,16 @@ def _adapter(
         num_heads=config.num_heads,
         num_queries_matching=config.num_queries_matching,
         grounding_text=_named_encoder(config.grounding_text),
+        text_dim=_text_width(parts, config.grounding_text),
     )
+
+
+def _text_width(parts: OfficialParts, name: str) -> int:
+    """Of the caption encoder's states: the tuned one's, that of the folder that is named, or RoBERTa-base's."""
+    if (words := parts.grounding_text.get("embeddings.word_embeddings.weight")) is not None:
+        return int(words.shape[-1])
+    config = Path(name) / "config.json"
+    return int(read_json(config).get("hidden_size", ROBERTA_WIDTH)) if config.is_file() else ROBERTA_WIDTH
 
 
 def _check_tap(state: Mapping[str, Tensor], channels: Mapping[str, int], backbone: Backbone, tap: str) -> None:

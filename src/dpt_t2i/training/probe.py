@@ -24,7 +24,7 @@ from dpt_t2i.training.encode import report_cut
 from dpt_t2i.training.engine import Job, train
 from dpt_t2i.training.objective import AtlasObjective, ProbeObjective, weights_of
 from dpt_t2i.training.on_policy import OnPolicy
-from dpt_t2i.training.setup import Setup, set_up, set_up_each, store_adapter
+from dpt_t2i.training.setup import Setup, set_up, set_up_each, store_adapter, write_config
 from dpt_t2i.training.trackers import METRICS, best_step, read_metrics
 from dpt_t2i.training.validation import Validation
 from dpt_t2i.training.windows import Feed
@@ -83,7 +83,7 @@ def _learn(
 
     def save(folder: Path) -> None:
         for name, one in setups.items():
-            store_adapter(one, folder / name, stage="probe", config=config.model_dump(mode="json"))
+            store_adapter(one, folder / name, stage="probe", config=setup.config.model_dump(mode="json"))
 
     pool = OnPolicy.of(config.loss, setup.backbone, setup.examples, config.seed)
 
@@ -114,6 +114,7 @@ def _learn(
             after_step=after_step,
             clipped_apart=[one.adapter for one in setups.values()],
             backbone=setup.backbone,
+            begin=lambda: write_config(setup.config),
             at_end=at_end,
         ),
         setup.accelerator,

@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 class Setup:
     """Everything a recipe works with."""
 
+    config: ProbeConfig | TuneConfig  # as asked, with what an adapter to start from brings along
     accelerator: Accelerator
     backbone: Backbone
     taps: tuple[Tap, ...]
@@ -64,7 +65,7 @@ class Setup:
 
 
 def set_up(config: StageConfig) -> Setup:
-    """Load and build, write `config.yaml`; weights of a new adapter follow from `config.seed`.
+    """Load and build; weights of a new adapter follow from `config.seed`.
 
     Raises:
         InputError: anything that is missing, broken, or does not fit together.
@@ -89,8 +90,6 @@ def set_up(config: StageConfig) -> Setup:
     elif fusion is not None:
         fused = {"fusion_channels": fusion[0], "fusion_size": fusion[1]}
         config = config.model_copy(update={"adapter": config.adapter.model_copy(update=fused)})
-    if accelerator.is_main_process:
-        save_config(config, config.folder / "config.yaml")
     grounding, text_dim = None, backbone.text_dim
     if config.adapter.grounding_text != "denoiser":
         grounding = load_grounding_text(config.adapter.grounding_text, accelerator.device)
@@ -114,7 +113,7 @@ def set_up(config: StageConfig) -> Setup:
     examples = _open_examples(config, size, accelerator.num_processes)
     held_out = open_records(config.data, "val", size)
     validation = Validation(backbone, adapter, taps, held_out, size, batch_size=settings.val_batch_size)
-    return Setup(accelerator, backbone, taps, adapter, metadata, encoder, examples, validation)
+    return Setup(config, accelerator, backbone, taps, adapter, metadata, encoder, examples, validation)
 
 
 def set_up_each(config: ProbeConfig) -> dict[str, Setup]:
@@ -223,6 +222,11 @@ def _check_widths(adapter: DiscriminativeAdapter, backbone: Backbone, text_dim: 
             f"the adapter reads expressions of width {adapter.text_dim}, grounding_text "
             f"`{adapter.config.grounding_text}` gives {text_dim}; name the encoder that it was trained with"
         )
+
+
+def write_config(config: ProbeConfig | TuneConfig) -> None:
+    """`config.yaml` of the run: once it is known that the run can begin, so that a refused one overwrites nothing."""
+    save_config(config, config.folder / "config.yaml")
 
 
 def store_adapter(setup: Setup, folder: Path, **metadata: Any) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from dpt_t2i.backbones.lora import add_lora, load_lora, save_lora
+from dpt_t2i.backbones.lora import add_lora, load_lora, lora_sizes, save_lora
 from dpt_t2i.backbones.types import Tap
-from dpt_t2i.config import TuneConfig
+from dpt_t2i.config import LoraSettings, TuneConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import ema
 from dpt_t2i.training.distill import Teacher
@@ -26,7 +26,7 @@ from dpt_t2i.training.objective import DenoiseObjective, TuneObjective, weights_
 from dpt_t2i.training.on_policy import OnPolicy
 from dpt_t2i.training.probe import finish, restore_adapter, result
 from dpt_t2i.training.samples import Samples
-from dpt_t2i.training.setup import Setup, set_up, store_adapter
+from dpt_t2i.training.setup import Setup, set_up, store_adapter, write_config
 from dpt_t2i.training.sharding import sharding_asked
 from dpt_t2i.training.windows import Feed
 
@@ -43,7 +43,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
         raise InputError("`dpt tune` starts from stage 1: give --adapter RUN/adapter of a `dpt probe` run")
     _check_weights(config)
     setup = set_up(config)
-    _put_lora(config, setup)
+    config = _put_lora(config, setup)
     cut = _cut_of(config, setup)
     objective: nn.Module
     if discriminative:
@@ -84,6 +84,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
         if average is not None:
             average.load(folder)
         load_lora(setup.backbone, folder, trainable=True)
+        _check_size(config, setup, folder)
         if pool is not None:
             pool.load(folder)
 
@@ -110,6 +111,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
             sample=_samples(config, setup),
             sample_every=config.samples.sample_every,
             backbone=setup.backbone,
+            begin=lambda: write_config(config),
         ),
         setup.accelerator,
     )
@@ -159,10 +161,33 @@ def _cut_of(config: TuneConfig, setup: Setup) -> Tap | None:
     return taps[0]
 
 
-def _put_lora(config: TuneConfig, setup: Setup) -> None:
-    """A fresh LoRA, or the one to go on from; nothing else of the denoiser is trained."""
+def _put_lora(config: TuneConfig, setup: Setup) -> TuneConfig:
+    """A fresh LoRA, or the one to go on from; nothing else of the denoiser is trained.
+
+    Returns:
+        The config, with the sizes that the LoRA to go on from brings along.
+    """
+    config = config.model_copy(update={"adapter": setup.config.adapter})
+    settings = config.lora
     setup.backbone.denoiser.requires_grad_(False)
-    if config.model.lora not in (None, "none"):
-        load_lora(setup.backbone, Path(str(config.model.lora)), trainable=True)
-    else:
-        add_lora(setup.backbone, config.lora.rank, config.lora.lora_alpha, config.lora.lora_scope, setup.taps)
+    if config.model.lora in (None, "none"):
+        add_lora(setup.backbone, settings.rank, settings.lora_alpha, settings.lora_scope, setup.taps)
+        return config
+    load_lora(setup.backbone, Path(str(config.model.lora)), trainable=True)
+    (rank, alpha), *others = lora_sizes(setup.backbone)
+    for key, found in (("rank", rank), ("lora_alpha", alpha)):
+        asked = getattr(settings, key)
+        if asked not in (found, getattr(LoraSettings(), key)) and not others:
+            raise InputError(f"LoRA {config.model.lora} has {key} {found:g}, not {asked:g}; leave {key} out")
+    return config.model_copy(update={"lora": settings.model_copy(update={"rank": rank, "lora_alpha": alpha})})
+
+
+def _check_size(config: TuneConfig, setup: Setup, checkpoint: Path) -> None:
+    settings, found = config.lora, lora_sizes(setup.backbone)
+    asked = settings.rank, float(settings.rank if settings.lora_alpha is None else settings.lora_alpha)
+    if asked not in found:
+        raise InputError(
+            "{} holds a LoRA of rank {} and alpha {:g}, this run asks for {} and {:g}; use its settings".format(
+                checkpoint, *found[0], *asked
+            )
+        )
