@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpt_t2i.adapter.io import load_adapter, read_adapter_card, save_adapter
+from dpt_t2i.adapter.io import download_adapter, load_adapter, read_adapter_card, save_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.types import Features
 from dpt_t2i.config import AdapterConfig
@@ -98,6 +98,31 @@ def test_the_hubs_own_methods_write_and_read_the_same_folder(folder: Path, tmp_p
     assert metadata == {"correction": {"rho": 0.03}}
     assert all(torch.equal(one, again.state_dict()[key]) for key, one in adapter.state_dict().items())
     assert again.origin is not None and again.origin.base["name"] == "tiny"
+
+
+def test_a_caption_encoder_of_its_own_goes_along(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "grounding_text").mkdir()
+    (folder / "grounding_text" / "model.safetensors").write_bytes(b"tuned")
+    card = json.loads((folder / "config.json").read_text())
+    card["adapter"]["grounding_text"] = "./grounding_text"
+    (folder / "config.json").write_text(json.dumps(card))
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "adapter")
+    assert read_adapter_card(run)["adapter"]["grounding_text"] == str(run / "adapter" / "grounding_text")
+    adapter = DiscriminativeAdapter.from_pretrained(run / "adapter")
+    assert adapter.config.grounding_text == str(run / "adapter" / "grounding_text")
+    for target in (tmp_path / "hub", run / "adapter"):  # elsewhere, and in its own place
+        adapter.save_pretrained(target)
+        assert json.loads((target / "config.json").read_text())["adapter"]["grounding_text"] == "./grounding_text"
+        assert (target / "grounding_text" / "model.safetensors").read_bytes() == b"tuned"
+    adapter.config = adapter.config.model_copy(update={"grounding_text": "denoiser"})  # another one was named
+    adapter.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / "grounding_text").exists()
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **how: asked.update(how) or "here")
+    download_adapter("someone/adapter")
+    assert "grounding_text/*" in asked["allow_patterns"]
 
 
 def test_a_fresh_adapter_is_not_published_without_its_base(tmp_path: Path) -> None:

@@ -72,6 +72,10 @@ def test_a_truncated_file_is_one_line(tmp_path: Path, kept: int) -> None:
         ({"state_dict": {"a": torch.zeros(1)}}, "`state_dict` is a dict"),
         ({3: torch.zeros(1)}, "`3` is a Tensor"),
         ({"a": torch.tensor([1.0, float("nan")])}, "`a` holds NaN"),
+        ({"a": torch.zeros(1).expand(10**13)}, "`a` is no plain table"),  # 40 terabytes out of four bytes
+        ({"a": torch.eye(2).to_sparse()}, "`a` is no plain table"),
+        ({"a": torch.zeros(2, device="meta")}, "`a` is no plain table"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "`a` is no plain table"),
     ],
 )
 def test_anything_but_a_table_of_tensors_is_refused(tmp_path: Path, content: object, message: str) -> None:

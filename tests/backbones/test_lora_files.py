@@ -158,6 +158,12 @@ def test_names_that_only_diffusers_knows_are_asked_of_it(tmp_path):
         read(tmp_path, strange, convert=fail)
 
 
+@pytest.mark.parametrize("key", [f"unet.{PATH}to_q.dora_scale", "lora_unet_x.dora_scale"])
+def test_a_dora_is_refused_before_a_converter_may_drop_its_magnitudes(tmp_path, key):
+    with pytest.raises(InputError, match=f"`{key}` is of a DoRA"):
+        read(tmp_path, pair() | {key: DOWN}, convert=lambda _: pair())
+
+
 def test_a_text_encoders_key_is_refused_before_a_converter_may_drop_it(tmp_path):
     """diffusers' reader of FLUX leaves `lora_te` keys out where the others have diffusers' names."""
     with pytest.raises(InputError, match="`lora_te1_x.lora_down.weight` changes a text encoder") as caught:

@@ -20,7 +20,7 @@ from dpt_t2i.cli import main
 from dpt_t2i.config import ExportConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.publish.export import run_export
-from tests.families import FAMILIES
+from tests.families import FAMILIES, save_sd3
 from tests.publish.pipelines import ALPHA, RANK, Family, image_of, make, stock
 from tests.tiny import tiny_adapter
 
@@ -174,6 +174,26 @@ def test_merged_sdxl(tmp_path: Path) -> None:
     export(made.base, made.lora, tmp_path / "out", "merged")
     # (W + BA) x and W x + B (A x) round differently: 1.7e-5 was seen
     np.testing.assert_allclose(image_of(stock(tmp_path / "out")), made.image, atol=5e-5)
+
+
+def test_merged_sd3_without_its_t5(tmp_path: Path) -> None:
+    base = save_sd3(tmp_path / "base", with_t5=False)
+    backbone = load_backbone(base, device="cpu")
+    add_lora(backbone, RANK, ALPHA)
+    save_lora(backbone, tmp_path / "lora", {})
+    export(base, tmp_path / "lora", tmp_path / "out", "merged")
+    assert load_backbone(tmp_path / "out", device="cpu").pipeline.text_encoder_3 is None
+
+
+def test_a_caption_encoder_elsewhere_is_named_without_its_folder(sd1: Family, tmp_path: Path) -> None:
+    run = tuned(sd1, tmp_path / "run")
+    card = json.loads((run / "adapter" / "config.json").read_text())
+    for told, published in (("/home/someone/roberta", "roberta"), ("./grounding_text", "./grounding_text")):
+        card["adapter"]["grounding_text"] = told
+        (run / "adapter" / "config.json").write_text(json.dumps(card))
+        export(sd1.base, run, tmp_path / "out", "diffusers")
+        written = json.loads((tmp_path / "out" / "adapter" / "config.json").read_text())
+        assert written["adapter"]["grounding_text"] == published
 
 
 def tuned_dit(name: str, folder: Path) -> tuple[Path, Any]:

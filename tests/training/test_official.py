@@ -140,6 +140,31 @@ def test_a_stage_one_checkpoint_has_no_lora(base: Path, tmp_path: Path) -> None:
         run_import(settings(base, out), tmp_path / "pytorch_model.bin")
 
 
+def test_without_the_alignment_loss_its_projections_start_afresh(base: Path, tmp_path: Path) -> None:
+    """The release makes them for that loss alone (`--no_contrastive_align_loss`)."""
+    state = {key: value for key, value in stage_two().items() if "contrastive_align" not in key}
+    roberta = roberta_folder(tmp_path / "roberta")
+    config = settings(base, tmp_path / "out", grounding_text=str(roberta))
+    result = run_import(config, write(tmp_path, state))
+    missing = [row["key"] for row in result["table"] if row["action"] == "missing"]
+    parts = [f"contrastive_align_projection_{what}.{part}" for what in ("image", "text") for part in ("weight", "bias")]
+    assert missing == [*parts, "text_encoder.*"] and result["counts"]["taken"] == len(state)
+    adapter, _ = load_adapter(tmp_path / "out" / "adapter", CPU)
+    wanted = adapter_of(tiny_backbone()).state_dict()
+    assert (adapter.text_dim, adapter.config.contrastive_dim) == (TEXT_WIDTH, 64)  # the folder's, the release's default
+    for name, value in adapter.state_dict().items():
+        assert "_align" in name or torch.equal(value, wanted[name]), name
+    half = state | {parts[0]: torch.zeros(64, 16)}
+    with pytest.raises(InputError, match="no tensor for `grounding.token_align.weight`"):
+        run_import(settings(base, tmp_path / "half"), write(tmp_path, half))
+
+
+def test_a_lora_alone_is_no_import(base: Path, tmp_path: Path) -> None:
+    state = {key: value for key, value in stage_two().items() if key.startswith("unet.")}
+    with pytest.raises(InputError, match="the denoiser's LoRA alone .*--only_train_lora.* and no adapter"):
+        run_import(settings(base, tmp_path / "out"), write(tmp_path, state))
+
+
 def test_projections_without_a_lora_are_listed(base: Path, tmp_path: Path) -> None:
     lost = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora"
     state = {key: value for key, value in stage_two().items() if not key.startswith(lost)}

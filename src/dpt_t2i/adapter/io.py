@@ -49,7 +49,7 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     described = adapter.config.model_dump(mode="json")
-    if adapter.own_text is not None:
+    if adapter.own_text is not None and described["grounding_text"] == str(adapter.own_text):
         _carry(adapter.own_text, folder / OWN_GROUNDING_TEXT)
         described["grounding_text"] = OWN_GROUNDING_TEXT
     adapter.origin = AdapterOrigin(dict(base_fingerprint), dict(metadata or {}))

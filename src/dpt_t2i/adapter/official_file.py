@@ -37,9 +37,17 @@ def read_official(path: Path) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise InputError(f"checkpoint {file}: `{key}` is a {type(value).__name__}, not a tensor")
+        if not _is_plain(value):
+            raise InputError(f"checkpoint {file}: `{key}` is no plain table of numbers that lie in the file")
         if not bool(torch.isfinite(value).all()):
             raise InputError(f"checkpoint {file}: `{key}` holds NaN or infinite values; take an earlier checkpoint")
     return dict(state)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Dense, on the CPU, of numbers, and no larger than its bytes: a view may claim any size."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return dense and not tensor.is_complex() and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _find(path: Path) -> Path:

@@ -39,6 +39,7 @@ _KEY = re.compile(
     r"|[._]lora(?:_linear_layer)?[._](?P<half>down|up)\.weight"
     r"|\.(?P<alpha>alpha))"
 )
+DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _PROCESSOR_LEAF = re.compile(r"(.+)\.(to_q|to_k|to_v|to_out)(\.0)?")
 _ATTENTION = re.compile(r"(down|up|mid)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.(.+)")
 
@@ -120,6 +121,8 @@ def layers_of(
     """
     names = _names_of(parts)
     for key in tensors:
+        if key.endswith(DORA):  # diffusers' converters would drop its magnitudes
+            raise InputError(f"{what}: `{key}` is of a DoRA, which scales weights too; give a plain LoRA")
         if key.startswith(TEXT_ENCODER_PREFIXES):  # before a converter may leave it out
             raise InputError(
                 f"{what}: key `{key}` changes a text encoder, which stays frozen here; "
