@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from dpt_t2i import cli
 from dpt_t2i.config import GenerateConfig, ProbeConfig, TuneConfig
@@ -246,6 +247,18 @@ def test_a_place_that_cannot_be_written_is_the_users(
     work(PROBE, fail)
     assert cli.main(["probe"]) == expected
     assert ("Traceback" in capsys.readouterr().err) == (expected == 1)
+
+
+@pytest.mark.parametrize("said, expected", [("No space left on device (os error 28)", 2), ("header is wrong", 1)])
+def test_a_full_disk_that_safetensors_met_is_the_users(
+    said: str, expected: int, work: Callable[..., Work], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> dict[str, Any]:
+        raise SafetensorError(f"Error while serializing: I/O error: {said}")
+
+    work(PROBE, fail)
+    assert cli.main(["probe", "--output_dir", "runs/a"]) == expected
+    assert ("error: cannot write runs/a: No space left on device\n" in capsys.readouterr().err) == (expected == 2)
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_a_missing_file_is_not(work: Callable[..., Work]) -> None:

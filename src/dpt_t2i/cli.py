@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -183,6 +184,12 @@ def _perform(
         if not _is_unwritable(error, output_dir):
             raise
         raise InputError(f"cannot write {error.filename or output_dir}: {error.strerror}") from error
+    except Exception as error:
+        # safetensors tells what the disk said in its own class of error, which is no OSError
+        said = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        if said is None or int(said[1]) not in UNWRITABLE:
+            raise
+        raise InputError(f"cannot write {output_dir or 'a file of weights'}: {os.strerror(int(said[1]))}") from error
     if not _is_first_process():
         return
     if as_json:

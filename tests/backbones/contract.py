@@ -146,10 +146,11 @@ def autocast_and_half_precision_stay_inside(backbone: Backbone) -> None:
     noisy, timesteps, text = inputs(backbone)
     with torch.no_grad():
         exact = backbone.features(noisy, timesteps, text, [tap]).maps[tap.name]
-        with torch.autocast("cpu", torch.bfloat16):
-            cast = backbone.features(noisy, timesteps, text, [tap]).maps[tap.name]
-    assert not torch.equal(exact, cast)
-    assert close(exact, cast, 0.1)
+        for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
+            with torch.autocast("cpu", dtype):
+                cast = backbone.features(noisy, timesteps, text, [tap]).maps[tap.name]
+            assert not torch.equal(exact, cast)
+            assert close(exact, cast, tolerance), dtype
     trained_lora(backbone)
     backbone.pipeline.to(torch.bfloat16)
     add_back = lora_parameters(backbone)

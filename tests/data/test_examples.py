@@ -1,3 +1,7 @@
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 
@@ -9,6 +13,7 @@ from PIL import Image, ImageOps
 from dpt_t2i.data.examples import Examples, MicroBatches, Part, View, collate
 from dpt_t2i.data.records import Expression, Negative, Record
 from dpt_t2i.data.scenes import SceneRecords
+from dpt_t2i.errors import InputError
 
 
 def flat(color: int) -> Image.Image:
@@ -132,8 +137,28 @@ def test_alone_is_the_same_picture_and_caption_and_opens_no_other():
 
 
 def test_one_record_is_too_few():
-    with pytest.raises(ValueError, match="two records"):
+    with pytest.raises(InputError, match="two records are needed.*the data set has 1"):
         Examples([record(0)], 8)
+
+
+def test_a_loaders_process_outlives_one_signal():
+    """Who takes a machine away signals them all, and the training still wants to end its step."""
+    examples = Examples(SceneRecords(length=6), 16)
+    stream = iter(examples.loader(Part(2, steps=9), 1))
+    first, (worker,) = next(stream), multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    rest = list(stream)
+    alone = list(examples.loader(Part(2, steps=9), 0))
+    assert [batch.captions for batch in (first, *rest)] == [batch.captions for batch in alone]
+    worker.join(20)
+    assert worker.exitcode == 0, "it ends with its loader"
+    stream = iter(examples.loader(Part(2, steps=999), 1))
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="killed by signal"):  # PyTorch raises it wherever the second one finds us
+        for _ in range(20):
+            os.kill(worker.pid, signal.SIGTERM)
+            time.sleep(0.3)
 
 
 def test_scene_boxes_enclose_the_named_thing():

@@ -1,6 +1,7 @@
 """Which records belong to which split of a data set."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,19 @@ def imagefolder(folder: Path, names: str) -> Path:
     lines = [json.dumps({"file_name": f"{name}.png", "captions": [name]}) for name in names]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
+
+
+def test_keys_that_restart_in_each_shard_are_other_pictures(tmp_path):
+    """A shard's ids are its own: what is held out of one is not dropped from all."""
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"train-{shard:03d}.tar", "w") as tar:
+            for key in range(10):
+                writers.add(tar, f"{key:04d}.png", writers.png(Image.new("L", (2, 2), 10 * shard + key)))
+                writers.add(tar, f"{key:04d}.txt", f"{shard} {key}".encode())
+    data = {"data_format": "webdataset", "val_samples": 4}
+    held = {r.captions[0] for r in open_records(DataConfig(dataset=str(tmp_path), **data), "val", 16)}
+    seen = {r.captions[0] for r in open_records(DataConfig(dataset=str(tmp_path), **data), "train", 16)}
+    assert len(held) == 4 and len(seen) == 26 and not held & seen
 
 
 def names(folder: Path, split, **data) -> str:

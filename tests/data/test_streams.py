@@ -75,6 +75,11 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(folder, workers):
     assert len(whole) == 12 and rest == whole[3:]
 
 
+def test_another_number_of_processes_is_another_stream(folder):
+    ours = stream(folder).identity(0, 1)
+    assert ours == stream(folder).identity(1, 1) != stream(folder).identity(0, 2)
+
+
 def test_a_record_has_one_number_among_all_streams(folder):
     numbers = [
         item.record for number in (0, 1) for item in itertools.islice(stream(folder).items(number, 2), RECORDS // 2)

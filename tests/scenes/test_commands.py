@@ -24,6 +24,12 @@ def test_export_writes_every_example(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["grid.foo", "grid"])
+def test_a_picture_of_no_format_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="no picture format is called .*; give a .png"):
+        render_grid(1, tmp_path / name)
+
+
 @pytest.mark.parametrize(("n", "size"), [(0, 64), (1, 4)])
 def test_nonsense_is_refused(tmp_path, n, size):
     with pytest.raises(InputError, match="at least"):

@@ -56,6 +56,16 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     assert str(a) in summary[3] and str(b) in summary[3]
 
 
+def test_settings_that_are_none_and_pictures_of_no_kind(two, tmp_path):
+    (two[0] / "config.yaml").write_text("")
+    assert compare_runs(*two, tmp_path / "plot.png")["settings"]["train.learning_rate"] == [None, 2.0]
+    (two[0] / "config.yaml").write_text("- a list")
+    with pytest.raises(InputError, match=r"config.yaml holds no settings"):
+        compare_runs(*two, tmp_path / "plot.png")
+    with pytest.raises(InputError, match=r"no picture format is called `\.foo`; give a \.png"):
+        compare_runs(*two, tmp_path / "plot.foo")
+
+
 def test_a_folder_that_is_no_run_is_named(two, tmp_path):
     with pytest.raises(InputError, match=r"empty is no run folder: .*metrics\.jsonl is missing or empty"):
         compare_runs(two[0], tmp_path / "empty", tmp_path / "plot.png")

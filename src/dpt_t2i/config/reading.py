@@ -100,7 +100,9 @@ def build_config(
 def save_config(config: Section, path: Path) -> None:
     """Write the resolved settings as YAML, every default included."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:

@@ -173,12 +173,12 @@ class TrainDataConfig(DataConfig):
 class ItmRecConfig(Section):
     """Weights of the losses (method.md section 3)."""
 
-    itm_coef: float = Field(1.0, description="image-text matching, both directions")
-    ce_coef: float = Field(1.0, description="soft-token cross entropy")
-    bbox_coef: float = Field(5.0, description="L1 of boxes")
-    giou_coef: float = Field(2.0, description="generalised IoU of boxes")
-    align_coef: float = Field(1.0, description="contrastive alignment of queries and tokens")
-    eos_coef: float = Field(0.1, description="weight of the no-object class")
+    itm_coef: float = Field(1.0, ge=0, description="image-text matching, both directions")
+    ce_coef: float = Field(1.0, ge=0, description="soft-token cross entropy")
+    bbox_coef: float = Field(5.0, ge=0, description="L1 of boxes")
+    giou_coef: float = Field(2.0, ge=0, description="generalised IoU of boxes")
+    align_coef: float = Field(1.0, ge=0, description="contrastive alignment of queries and tokens")
+    eos_coef: float = Field(0.1, ge=0, description="weight of the no-object class")
     align_temperature: float = Field(0.07, gt=0, description="temperature of the contrastive alignment")
     on_policy_fraction: Fraction = Field(
         0.0, description="share of examples whose hard-negative image is the model's own sample for the caption"
@@ -191,8 +191,8 @@ class ItmRecConfig(Section):
 
 
 class DenoiseConfig(Section):
-    mse_loss_coef: float = Field(1.0, description="denoising loss")
-    snr_gamma: float | None = Field(None, description="min-SNR gamma; none = plain MSE")
+    mse_loss_coef: float = Field(1.0, ge=0, description="denoising loss")
+    snr_gamma: float | None = Field(None, gt=0, description="min-SNR gamma; none = plain MSE")
     caption_dropout: Fraction = Field(0.1, description="share of captions emptied in the denoising term")
     detach_unet_feature: str | None = Field(
         None,
@@ -233,7 +233,7 @@ class DistillConfig(Section):
 
 class LoraSettings(Section):
     rank: Positive = Field(4, description="LoRA rank")
-    lora_alpha: float | None = Field(None, description="LoRA alpha; default: the rank, so that the scale is 1")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA alpha; default: the rank, so that the scale is 1")
     lora_scope: Literal["all", "to_tap"] = Field("all", description="attention of the whole denoiser, or up to the tap")
     lora_itm_rec_share: Fraction = Field(
         1.0,

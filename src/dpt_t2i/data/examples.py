@@ -7,6 +7,8 @@ four, with any number of loader workers, shows the same examples.
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -199,7 +201,9 @@ class Examples(Dataset[Item]):
         buckets: Buckets | None = None,
     ) -> None:
         if len(records) < 2:
-            raise ValueError("at least two records are needed: each is the other's random negative")
+            raise InputError(
+                f"at least two records are needed, each is the other's random negative; the data set has {len(records)}"
+            )
         self.records, self.resolution, self.seed, self.view = records, resolution, seed, view
         self.buckets = buckets
         self.skip_bad = skip_bad
@@ -222,10 +226,10 @@ class Examples(Dataset[Item]):
 
     def loader(self, part: Part, workers: int) -> DataLoader[Batch]:
         """A rank's batches, from its first step on."""
-        order = MicroBatches(part)
-        return DataLoader(self, batch_sampler=order, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+        how: dict[str, Any] = {"collate_fn": collate, "num_workers": workers, "worker_init_fn": bear_a_signal}
+        return DataLoader(self, batch_sampler=MicroBatches(part), **how)  # type: ignore[arg-type]
 
-    def identity(self, workers: int) -> dict[str, Any]:
+    def identity(self, workers: int, processes: int) -> dict[str, Any]:
         """All that decides which examples come, beside seed and batch: a run that goes on must have the same."""
         crop = {"center_crop": self.view.center_crop, "random_flip": self.view.random_flip}
         return {"records": len(self.records), "aspect_buckets": self.buckets is not None} | crop
@@ -233,6 +237,16 @@ class Examples(Dataset[Item]):
     def _item(self, epoch: int, size: tuple[int, int], row: int) -> Item:
         rng = np.random.default_rng([self.seed, epoch, row])
         return self.view.item(self.records, row, rng, size)
+
+
+def bear_a_signal(_worker: int) -> None:
+    """In a loader's process the first SIGTERM is let pass.
+
+    Who takes a machine away signals all processes of a run; this one is needed until the step is done, and ends with
+    its loader.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
 
 
 def random_negative(records: Sequence[Record], row: int, caption: str, rng: np.random.Generator) -> tuple[Record, str]:

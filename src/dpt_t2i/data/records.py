@@ -72,7 +72,7 @@ class Record:
         """Which picture it shows: equal in two records of the same image."""
         if self.image_id:
             return self.image_id
-        return str(self.image) if isinstance(self.image, Path) else self.id
+        return str(self.image) if isinstance(self.image, Path) else f"{self.source}/{self.id}"  # an id is its shard's
 
 
 def check_inside(boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]) -> None:

@@ -18,6 +18,8 @@ def render_grid(n: int, output: Path, seed: int = 0, size: int = 64, split: Spli
     """Draw `n` scenes into one picture, row by row, and tell their captions."""
     if n < 1 or size < 16:
         raise InputError(f"--n must be at least 1 and --size at least 16, got {n} and {size}")
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"--output {output}: no picture format is called `{output.suffix}`; give a .png")
     examples = [make_example(index, seed=seed, split=split) for index in range(n)]
     columns = min(8, n)
     rows = -(-n // columns)

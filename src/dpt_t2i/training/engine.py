@@ -251,7 +251,7 @@ def _identity(job: Job, accelerator: Accelerator) -> dict[str, Any]:
         "seed": feed.seed,
         "data_seed": feed.data.data_seed,
         "scene_categories": list(feed.data.scene_categories),
-        **feed.examples.identity(feed.data.dataloader_num_workers),
+        **feed.examples.identity(feed.data.dataloader_num_workers, accelerator.num_processes),
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from dpt_t2i.errors import InputError
@@ -31,6 +32,8 @@ def compare_runs(a: Path, b: Path, output: Path) -> dict[str, Any]:
         InputError: a folder that holds no metrics.
     """
     rows = [_rows(folder) for folder in (a, b)]
+    if output.suffix.lower().removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
+        raise InputError(f"--output {output}: no picture format is called `{output.suffix}`; give a .png")
     settings = _differences(*(_settings(folder) for folder in (a, b)))
     figures = _figures(rows)
     plot(rows, [_name(a, b), _name(b, a)], output)
@@ -77,9 +80,11 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise InputError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{file} holds no settings; it must be a table of sections")
     sections = {
         f"{section}.{key}": value
         for section, leaves in tree.items()
