@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dpt_t2i.adapter.io import OWN_GROUNDING_TEXT
 from dpt_t2i.backbones.fingerprint import check_fingerprint, part_hashes, weights_hash
 from dpt_t2i.backbones.loading import DTYPES, absent_texts, choose_artifacts
 from dpt_t2i.backbones.lora import LORA_FILE, diffusers_reader, lora_file, lora_metadata
@@ -150,7 +149,7 @@ def _adapter_card(folder: Path) -> dict[str, Any]:
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise FileNotFoundError(f"{ADAPTER_WEIGHTS} is missing")
         told, text = dict(card["adapter"]), card["adapter"].get("grounding_text")
-        if text is not None and text != OWN_GROUNDING_TEXT:  # that one is a part of this very folder
+        if text is not None and not text.startswith("./"):  # such a one is a part of this very folder
             told["grounding_text"] = public(text)
         return {**card, "adapter": told, "base": dict(public(card["base"])), "metadata": public(card["metadata"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
