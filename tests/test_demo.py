@@ -3,7 +3,7 @@
 import pytest
 
 from dpt_t2i.config import DemoConfig, ProbeConfig, TuneConfig, build_config
-from dpt_t2i.demo import run_demo
+from dpt_t2i.demo import _clear, run_demo
 from dpt_t2i.errors import InputError
 from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.tune import run_tune
@@ -47,6 +47,8 @@ def test_the_loop_ends_with_a_report(base, tmp_path):
     made = ("probe/adapter/model.safetensors", "tune/pytorch_lora_weights.safetensors", "alignment/alignment.json")
     for artifact in made:
         assert (tmp_path / "demo" / artifact).is_file()
+    _clear(tmp_path / "demo")  # its own stages go when it runs again
+    assert not (tmp_path / "demo" / "tune").exists() and (tmp_path / "demo" / made[-1]).is_file()
 
 
 def test_a_judge_that_does_not_draw_is_refused_before_anything_is_removed(base, tmp_path):
@@ -55,6 +57,16 @@ def test_a_judge_that_does_not_draw_is_refused_before_anything_is_removed(base, 
     with pytest.raises(InputError, match="leave no_lora_draws out"):
         run_demo(build_config(DemoConfig, overrides=settings))
     assert (tmp_path / "probe").is_dir()
+
+
+def test_stages_of_another_run_are_not_removed(base, tmp_path):
+    work = tmp_path / "tune" / "pytorch_lora_weights.safetensors"
+    work.parent.mkdir()
+    work.write_text("days of work")
+    settings = {"pretrained_model_name_or_path": str(base), "output_dir": tmp_path}
+    with pytest.raises(InputError, match="tune is there and no demo's; give another --output_dir"):
+        run_demo(build_config(DemoConfig, overrides=settings))
+    assert work.read_text() == "days of work"
 
 
 def test_a_base_that_ships_nothing_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from dpt_t2i import doctor
 from dpt_t2i.backbones.loading import load_backbone
 from dpt_t2i.config import DoctorConfig, build_config
 from dpt_t2i.errors import InputError
+from tests.families import FAMILIES
 from tests.tiny import tiny_pipeline
 
 
@@ -31,6 +32,12 @@ def test_a_model_that_loads_is_described(base: Path) -> None:
     assert result["versions"]["torch"] == torch.__version__ and result["device"] == "cpu"
     assert result["fits"]["corrected_images"] >= result["fits"]["tune_batch"] >= 1
     assert str(base.parent) not in str(result)  # no private path in what people paste into issues
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "pixart_sigma", "sdxl"])
+def test_a_family_without_the_papers_tap_is_described_too(family: str, tmp_path: Path) -> None:
+    result = doctor.run_doctor(settings(pretrained_model_name_or_path=str(FAMILIES[family](tmp_path / family))))
+    assert result["model"]["loads"] and result["fits"]["corrected_images"] >= 1
 
 
 def test_a_model_that_does_not_load_is_a_finding(tmp_path: Path) -> None:

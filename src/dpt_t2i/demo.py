@@ -32,6 +32,8 @@ from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.tune import run_tune
 
 log = logging.getLogger(__name__)
+STAGES = ("probe", "tune")
+MARK = ".demo"  # in a folder whose stages are a demo's
 VALIDATION = 96  # held-out examples
 PAPERS_CORRECTION = 0.5  # where no strength is stored with the adapter
 
@@ -51,8 +53,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         raise InputError(f"the demo needs a LoRA and an adapter to set beside its own; base `{base}` ships none")
     card = read_adapter_card(adapter)
     folder = config.output_dir
-    for stage in ("probe", "tune"):  # a demo run again starts again; finished images are kept
-        shutil.rmtree(folder / stage, ignore_errors=True)
+    _clear(folder)
     log.info("1/4 probe: %d steps on the frozen base", config.probe_steps)
     probe = run_probe(_stage(ProbeConfig, config, card, "probe", config.probe_steps, learning_rate=1e-3))
     log.info("2/4 tune: %d steps on ITM + REC + denoising", config.tune_steps)
@@ -98,13 +99,29 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     }
 
 
+def _clear(folder: Path) -> None:
+    """A demo run again starts again, but for its finished images; of anybody else's runs nothing is removed.
+
+    Raises:
+        InputError: stages are there, and not from a demo.
+    """
+    for stage in STAGES:
+        if (folder / stage).exists() and not (folder / MARK).is_file():
+            raise InputError(f"{folder / stage} is there and no demo's; give another --output_dir")
+        shutil.rmtree(folder / stage, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+
+
 def _stage(
     kind: type[ConfigT], config: DemoConfig, card: Mapping[str, Any], name: str, steps: int, **overrides: Any
 ) -> ConfigT:
     """A short run with the sizes and the tap of the shipped adapter."""
     common = {
         "pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
+        "revision": config.model.revision,
         "device": config.model.device,
+        "dtype": config.model.dtype,
         "tap": "_".join(card["tap_channels"]),
         "max_train_steps": steps,
         "train_batch_size": config.demo_batch_size,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone, resolve_device
+from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import DoctorConfig, ModelConfig
 from dpt_t2i.errors import InputError
 
@@ -23,7 +24,7 @@ STACK = ("dpt-t2i", "torch", "diffusers", "transformers", "accelerate", "peft", 
 OPTIONAL = ("gradio", "datasets", "webdataset", "tensorboard", "trackio", "wandb")
 RESERVE = 0.25  # share of the free memory left to kernels, optimiser and the rest of the machine
 PASSES = 6  # of the denoiser for one training example (method: five for matching, one for grounding)
-TAP = "up1"
+TAP = "up1"  # where a denoiser has it, else the tap in its middle
 GIB = 2**30
 
 
@@ -82,7 +83,7 @@ def activation_bytes(backbone: Backbone, whole: bool) -> int:
             held: Any = (
                 backbone.predict(latents, timesteps, text)
                 if whole
-                else backbone.features(latents, timesteps, text, backbone.parse_taps(TAP))
+                else backbone.features(latents, timesteps, text, [_tap(backbone)])
             )
             size = sum(kept.values())
         del held
@@ -90,6 +91,11 @@ def activation_bytes(backbone: Backbone, whole: bool) -> int:
         for parameter in frozen:
             parameter.requires_grad_(False)
     return size
+
+
+def _tap(backbone: Backbone) -> Tap:
+    taps = list(backbone.taps.values())
+    return backbone.taps.get(TAP, taps[len(taps) // 2])
 
 
 def _look_at_model(model: ModelConfig) -> dict[str, Any]:

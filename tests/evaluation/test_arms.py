@@ -7,7 +7,7 @@ import pytest
 from dpt_t2i.adapter.io import save_adapter
 from dpt_t2i.config import AlignmentConfig, CorrectionConfig, ModelConfig, SampleConfig, SearchConfig, build_config
 from dpt_t2i.errors import InputError
-from dpt_t2i.evaluation.arms import ARMS, PAIRS, choose_arms, recipe_of
+from dpt_t2i.evaluation.arms import ARMS, PAIRS, check_weights, choose_arms, recipe_of
 from dpt_t2i.sampling.model import T2IModel
 
 NAMES = (
@@ -113,6 +113,15 @@ def test_what_is_missing_is_asked_for(base: Path, arm: str, flag: str) -> None:
     (base / TUNED).unlink()
     with pytest.raises(InputError, match=f"arm `{arm}` needs a LoRA: give --{flag}"):
         recipe_of(ARMS[arm], config(base))
+
+
+def test_weights_that_are_not_there_are_found_out_before_anything_is_drawn(base: Path) -> None:
+    known = {"arms": ("base", "control"), "control_lora": base / "run"}
+    check_weights(config(base, **known))
+    with pytest.raises(InputError, match="LoRA .*nowhere does not exist"):
+        check_weights(config(base, **known | {"control_lora": base / "nowhere"}))
+    with pytest.raises(InputError, match="no adapter in .*probe/adapter"):  # an empty folder
+        check_weights(config(base, arms=("base", "base_correct")))
 
 
 def test_correction_needs_an_adapter(base: Path) -> None:

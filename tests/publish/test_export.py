@@ -270,6 +270,10 @@ def test_what_cannot_be_exported_is_one_line(sd1: Family, tmp_path: Path) -> Non
         export(sd1.base, sd1.lora, tmp_path / "out", "diffusers", adapter=str(tmp_path))
     with pytest.raises(InputError, match="cannot read .*nothing.json"):
         export(sd1.base, sd1.lora, tmp_path / "out", "diffusers", itm=str(tmp_path / "nothing.json"))
+    (tmp_path / "other.json").write_text('{"tuned": {}}')
+    for kind, lacks in (("alignment", "arms"), ("itm", "examples"), ("rec", "examples")):
+        with pytest.raises(InputError, match=f"other.json is no result of `dpt evaluate {kind}`: it has no `{lacks}`"):
+            export(sd1.base, sd1.lora, tmp_path / "out", "diffusers", **{kind: str(tmp_path / "other.json")})
     assert not (tmp_path / "out").exists()
 
 

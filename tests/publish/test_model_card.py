@@ -11,7 +11,7 @@ from torch import nn
 from dpt_t2i.config import ProbeConfig, TrainDataConfig, TrainModelConfig, TuneConfig, save_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.publish.base_model import BaseModel
-from dpt_t2i.publish.model_card import write_export_card, write_model_card
+from dpt_t2i.publish.model_card import _correction_flags, write_export_card, write_model_card
 
 
 def card_of(run: Path, **measured: Any) -> tuple[dict[str, Any], str]:
@@ -105,6 +105,13 @@ def test_a_merged_model_is_a_finetune(tmp_path: Path) -> None:
     assert front["base_model_relation"] == "finetune" and "lora" not in front["tags"]
     assert 'from_pretrained("out")' in body and "pipe.load_lora" not in body and "--lora" not in body
     assert "--pretrained_model_name_or_path out --correct 0.02" in body
+
+
+def test_the_command_has_all_of_the_stored_correction() -> None:
+    stored = {"correct": 0.07, "correction_rule": "relative", "correction_end": 0.5, "correction_every": 1}
+    assert _correction_flags(stored) == " --correct 0.07 --correction_rule relative --correction_end 0.5"
+    assert _correction_flags({}) == " --correct 0.5"
+    assert _correction_flags({"correct": 1.0, "correction_fused": True}) == " --correct 1.0 --correction_fused"
 
 
 def test_paths_of_settings_are_cut(tmp_path: Path) -> None:

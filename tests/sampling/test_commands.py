@@ -29,6 +29,11 @@ def test_prompts_come_from_flags_and_then_from_a_file(tmp_path):
         rows.write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=message):
             read_prompts(GenerateConfig(prompts_file=rows))
+    # as other editors save it: with a mark in front, other ends of lines, and what only looks like an end
+    plain.write_bytes("\ufeffa star\r\n\r\ntwo stars\r\n".encode())
+    rows.write_text('{"prompt": "a\u2028star"}\n', encoding="utf-8")
+    assert read_prompts(GenerateConfig(prompts_file=plain)) == ["a star", "two stars"]
+    assert read_prompts(GenerateConfig(prompts_file=rows)) == ["a\u2028star"]
     with pytest.raises(InputError, match="missing.txt cannot be read"):
         read_prompts(GenerateConfig(prompts_file=tmp_path / "missing.txt"))
 

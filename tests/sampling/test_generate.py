@@ -24,7 +24,7 @@ def assert_same(one, other) -> None:
 
 def test_jobs_are_every_prompt_with_every_seed():
     assert jobs_of(["p", "q"], [3, 1]) == [Job(0, "p", 3, 3), Job(0, "p", 1, 1), Job(1, "q", 3, 3), Job(1, "q", 1, 1)]
-    for prompts, seeds in (([], [0]), (["p"], []), (["p"], [-1])):
+    for prompts, seeds in (([], [0]), (["p"], []), (["p"], [-1]), (["p"], [2**32]), (["a \ud83d circle"], [0])):
         with pytest.raises(InputError):
             jobs_of(prompts, seeds)
 
@@ -65,6 +65,25 @@ def test_batch_size_order_and_neighbours_change_nothing(eta):
         assert_same(made, reference[made.job])
     images = [made.image.tobytes() for made in reference.values()]
     assert len(set(images)) == len(images)
+
+
+def test_corrected_images_are_drawn_alone():
+    """Rounding differs between batch sizes, and the score's gradient enlarges it: to other images, on a real model."""
+    backbone = tiny_backbone()
+    scorer = MatchScorer(backbone, tiny_adapter(backbone), backbone.parse_taps("up1"))
+    seen = []
+    backbone.denoiser.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    correction = CorrectionConfig(correct=0.3, correction_rule="relative")
+    jobs = jobs_of(PROMPTS, [0, 1])
+
+    def latents(jobs, batch_size):
+        made = generate(backbone, jobs, settings(batch_size=batch_size), correction, scorer)
+        return {one.job: one.latents for one in made}
+
+    reference = latents(jobs, 8)
+    assert set(seen) == {1, 2}  # the pass of the score, and both branches of the guided one
+    for other in (latents(jobs[::-1], 3), latents(jobs[1:2], 1)):
+        assert all(torch.equal(value, reference[job]) for job, value in other.items())
 
 
 def test_the_global_random_state_neither_matters_nor_changes():

@@ -55,11 +55,8 @@ def test_what_ships_is_loaded_and_can_be_refused(base):
     assert images[0] != images[1] == images[2]
     assert tuned.pipeline("a red circle", num_inference_steps=1).images[0].size == (32, 32)
     decisive = [model.settings(GenerateConfig()) for model in (tuned, plain)]
-    assert (
-        decisive[0]["base"]
-        == decisive[1]["base"]
-        == {"name": "base", "weights": tiny_backbone().fingerprint()["weights"]}
-    )
+    told = tiny_backbone().fingerprint()
+    assert decisive[0]["base"] == decisive[1]["base"] == {"name": "base"} | {k: told[k] for k in ("weights", "parts")}
     assert decisive[0]["lora"] is not None and decisive[1]["lora"] is None
     assert decisive[0]["adapter"] != decisive[1]["adapter"]
 
@@ -186,3 +183,21 @@ def test_settings_leave_out_what_changes_no_image_and_keep_the_rest():
         {"lora_draws": False},
     ):
         assert ours.settings(build_config(GenerateConfig, overrides=change)) != one, change
+
+
+def test_other_weights_are_other_images():
+    """The text encoder, the VAE, the strength of a LoRA and the precision decide an image as the denoiser does."""
+    config = build_config(GenerateConfig)
+    seen = [model().settings(config)]
+    for change in (
+        lambda ours: ours.pipeline.text_encoder.get_input_embeddings().weight.data.mul_(2),
+        lambda ours: ours.pipeline.vae.decoder.conv_in.weight.data.mul_(2),
+        lambda ours: ours.pipeline.to(torch.bfloat16),
+        lambda ours: add_lora(ours.backbone, 2),
+        lambda ours: add_lora(ours.backbone, 2, alpha=8.0),
+    ):
+        torch.manual_seed(0)  # of the LoRA
+        ours = model()
+        change(ours)
+        assert ours.settings(config) not in seen
+        seen.append(ours.settings(config))

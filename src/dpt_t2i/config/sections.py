@@ -319,7 +319,7 @@ class SampleConfig(Section):
     eta: Fraction | None = Field(
         None, description="fresh noise in each step of `ddim`: 0 = none, 1 = as much as DDPM; default: the base's, or 0"
     )
-    batch_size: Positive = Field(8, description="images at once; never changes an image")
+    batch_size: Positive = Field(8, description="images at once, but for corrected ones; never changes an image")
     negative_prompt: str = Field("", description="text of the unconditional branch")
     lora_draws: bool = Field(
         True, description="false: the plain base draws, and the LoRA serves matching, correction and ranking alone"

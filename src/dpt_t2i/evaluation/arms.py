@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dpt_t2i.adapter.io import read_adapter_card
 from dpt_t2i.backbones.loading import choose_artifacts
+from dpt_t2i.backbones.lora import lora_file
 from dpt_t2i.config import AlignmentConfig, CorrectionConfig, GenerateConfig
 from dpt_t2i.errors import InputError
 
@@ -137,6 +138,22 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
         seed=config.seed,
     )
     return Recipe(lora, adapter, settings)
+
+
+def check_weights(config: AlignmentConfig) -> None:
+    """Look for the files of all arms, before the first of them draws for hours.
+
+    Raises:
+        InputError: as `recipe_of`; or a LoRA or adapter is not where it was said to be.
+    """
+    for arm in choose_arms(config.arms):
+        if arm.random_of is not None:
+            continue
+        recipe = recipe_of(arm, config)
+        if recipe.lora is not None:
+            lora_file(recipe.lora)
+        if recipe.adapter is not None:
+            read_adapter_card(recipe.adapter)
 
 
 @dataclass(frozen=True)

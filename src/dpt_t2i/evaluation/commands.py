@@ -15,6 +15,7 @@ from dpt_t2i.config import AlignmentConfig, DiscriminationConfig, ModelConfig, S
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.alignment import run_arms
+from dpt_t2i.evaluation.arms import check_weights
 from dpt_t2i.evaluation.examples import HeldOut
 from dpt_t2i.evaluation.itm import itm_scores, itm_summary
 from dpt_t2i.evaluation.miner import miner_warnings
@@ -56,6 +57,7 @@ def run_score(config: ScoreConfig, image: Path, prompt: str) -> dict[str, Any]:
 def run_alignment(config: AlignmentConfig) -> dict[str, Any]:
     """Compare arms on a prompt suite; see `alignment.run_arms`."""
     model = config.model
+    check_weights(config)
 
     def open_model(lora: Path | None, adapter: Path | None) -> T2IModel:
         return load_model(
@@ -163,7 +165,7 @@ def _open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read image {path}: {error}; give a PNG or JPEG file") from error
 
 

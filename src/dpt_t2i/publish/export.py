@@ -39,7 +39,7 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     base = look_at_base(model.pretrained_model_name_or_path, model.revision)
     if config.format == "kohya":
         refuse_dit(base)
-    measured = {name: read_measured(file) for name, file in _measured_files(config).items() if file is not None}
+    measured = {name: read_measured(file, name) for name, file in _measured_files(config).items() if file is not None}
     chosen, adapter = choose_artifacts(model.pretrained_model_name_or_path, model.lora, model.adapter, model.revision)
     if chosen is None:
         raise InputError(f"there is no LoRA to export: base `{base.name}` ships none; give --lora")

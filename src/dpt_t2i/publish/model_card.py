@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dpt_t2i.backbones.lora import LORA_FILE
+from dpt_t2i.config import CorrectionConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.publish.base_model import BaseModel
 from dpt_t2i.publish.privacy import public
@@ -23,7 +24,11 @@ from dpt_t2i.publish.privacy import public
 TEMPLATES = Path(__file__).with_name("templates")
 CONFIG = "config.yaml"
 ADAPTERS = ("adapter", "dpt/probe/adapter")  # beside a LoRA; inside a merged model
-MEASURED = ("alignment", "itm", "rec")
+MEASURED = {  # what the card takes of each
+    "alignment": {"suite", "prompts", "seeds", "arms", "categories"},
+    "itm": {"examples", "timesteps"},
+    "rec": {"examples", "timesteps"},
+}
 SHOWN = (  # settings in the card's table, where the run has them
     "model.tap",
     "lora.rank",
@@ -108,12 +113,15 @@ def write_export_card(
     return _write(folder, config, about, {key: measured.get(key) for key in MEASURED})
 
 
-def read_measured(file: Path) -> dict[str, Any]:
-    """A result file of `dpt evaluate`. Raises `InputError`: missing, or not JSON."""
+def read_measured(file: Path, kind: str) -> dict[str, Any]:
+    """A result file of `dpt evaluate KIND`. Raises `InputError`: missing, not JSON, or of another kind."""
     try:
         measured: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {file}: {error}; give the JSON that `dpt evaluate` wrote") from error
+    lacking = sorted(MEASURED[kind] - set(measured)) if isinstance(measured, dict) else sorted(MEASURED[kind])
+    if lacking:
+        raise InputError(f"{file} is no result of `dpt evaluate {kind}`: it has no `{lacking[0]}`")
     return measured
 
 
@@ -126,6 +134,7 @@ def _write(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any], me
         **about,
         **measured,
         name=folder.resolve().name,
+        correction_flags=_correction_flags(about["files"].correction),
         settings=settings,
         versions=next((one["versions"] for one in measured.values() if one and "versions" in one), {}),
     )
@@ -134,6 +143,15 @@ def _write(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any], me
     unfinished.write_text(card.strip() + "\n", encoding="utf-8")
     os.replace(unfinished, path)
     return path
+
+
+def _correction_flags(stored: Mapping[str, Any]) -> str:
+    """All that is stored of a correction and is not the command's default, as its flags."""
+    default = CorrectionConfig().model_dump(mode="json")
+    flags = {key: value for key, value in stored.items() if key in default and value != default[key]}
+    return "".join(
+        f" --{key}" if value is True else f" --{key} {value}" for key, value in (flags or {"correct": 0.5}).items()
+    )
 
 
 def _stage(config: Mapping[str, Any], without_lora: str) -> str:

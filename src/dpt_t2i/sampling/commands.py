@@ -84,7 +84,7 @@ def parse_seeds(text: str) -> list[int]:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` cuts at characters that JSON may hold
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompts file {path} cannot be read: {error}") from error
     texts = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -1,7 +1,8 @@
 """Seeded generation: an image depends on the weights, its prompt, its seed and the settings, and on nothing else.
 
 Batches share nothing: each image has its own generator on the CPU, each text is encoded alone, padded to the full
-length. What is left between batch sizes is the rounding of the kernels (about 1e-6 of a latent).
+length. What is left between batch sizes is the rounding of the kernels (about 1e-6 of a latent). A correction would
+enlarge it, thousands of times in a step, so corrected images are drawn one at a time.
 """
 
 from __future__ import annotations
@@ -54,12 +55,17 @@ def jobs_of(prompts: Sequence[str], seeds: Sequence[int], own_noise: bool = Fals
     """Every prompt with every seed, prompt by prompt.
 
     Raises:
-        InputError: no prompt, no seed, or a negative one.
+        InputError: no prompt, no seed, a negative one or one of over 32 bits, or a prompt that is no text.
     """
     if not prompts or not seeds:
         raise InputError("nothing to generate: give at least one prompt and one seed")
     if min(seeds) < 0:
         raise InputError(f"seed {min(seeds)} is negative; seeds are 0 or more")
+    if max(seeds) >= 2**32:
+        raise InputError(f"seed {max(seeds)} is too large; seeds are below 2^32")
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes or half a character, not text
+            raise InputError(f"prompt {prompt!r} is no text; give it in UTF-8")
     return [
         Job(index, prompt, seed, noise_seed(prompt, seed, own_noise))
         for index, prompt in enumerate(prompts)
@@ -77,7 +83,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
 ) -> Iterator[Generated]:
-    """Make the images of `jobs`, in order, `settings.batch_size` at a time.
+    """Make the images of `jobs`, in order, `settings.batch_size` at a time, or each alone where they are corrected.
 
     Args:
         correction: None = off.
@@ -95,8 +101,9 @@ def generate(
     if settings.negative_prompt and GUIDANCE in negative.extras:
         raise InputError(f"base `{backbone.name}` has no unconditional branch; leave negative_prompt out")
     texts: dict[str, TextStates] = {}
-    for start in range(0, len(jobs), settings.batch_size):
-        batch = jobs[start : start + settings.batch_size]
+    at_once = 1 if correction.correct > 0 else settings.batch_size
+    for start in range(0, len(jobs), at_once):
+        batch = jobs[start : start + at_once]
         # Only this batch's texts are kept: a suite of 30 000 prompts would fill the memory.
         texts = {job.prompt: texts.get(job.prompt) or backbone.encode_text([job.prompt]) for job in batch}
         text = TextStates.cat([texts[job.prompt] for job in batch])
@@ -114,7 +121,7 @@ def generate(
 
 def latent_shape(backbone: Backbone, height: int | None, width: int | None) -> tuple[int, int, int]:
     """(C, h, w) of an image's latents. Raises `InputError` where a side is no multiple of the VAE's scale."""
-    sides = (height or backbone.image_size[0], width or backbone.image_size[1])
+    sides = tuple(own if side is None else side for side, own in zip((height, width), backbone.image_size, strict=True))
     for name, side in zip(("height", "width"), sides, strict=True):
         if side <= 0 or side % backbone.vae_scale:
             raise InputError(f"{name} {side} must be a positive multiple of {backbone.vae_scale}")

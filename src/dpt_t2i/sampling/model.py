@@ -10,10 +10,10 @@ from PIL import Image
 
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
-from dpt_t2i.backbones.fingerprint import lora_hash, weights_hash
+from dpt_t2i.backbones.fingerprint import lora_hash, part_hashes, weights_hash
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone
-from dpt_t2i.backbones.lora import load_lora, lora_parameters
+from dpt_t2i.backbones.lora import load_lora, lora_parameters, lora_sizes
 from dpt_t2i.config import GenerateConfig, SampleConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of
@@ -29,6 +29,7 @@ class T2IModel:
     def __init__(self, backbone: Backbone, adapter: DiscriminativeAdapter | None = None) -> None:
         self.backbone = backbone
         self.adapter = adapter
+        self._parts: dict[str, str] | None = None
         self.scorer = None if adapter is None else MatchScorer.of(backbone, adapter)
 
     @property
@@ -92,6 +93,7 @@ class T2IModel:
     def settings(self, config: GenerateConfig) -> dict[str, Any]:
         """Plain JSON of all that decides an image beside prompt and seed: weights by hash, every setting by value."""
         height, width = self.backbone.image_size
+        self._parts = self._parts or part_hashes(self.pipeline)  # read once: seconds for a big text encoder
         base = {
             "guidance_scale": guidance_of(self.backbone, config.sample),
             "eta": eta_of(self.backbone, config.sample),
@@ -99,8 +101,10 @@ class T2IModel:
         if (interval := guidance_interval_of(self.backbone, config.sample)) != (0.0, 1.0):
             base |= {"guidance_start": interval[0], "guidance_end": interval[1]}
         return {
-            "base": {"name": self.backbone.name, "weights": weights_hash(self.backbone.denoiser)},
+            "base": {"name": self.backbone.name, "weights": weights_hash(self.backbone.denoiser), "parts": self._parts},
+            "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "lora": lora_hash(self.backbone.denoiser),
+            "lora_sizes": [list(pair) for pair in lora_sizes(self.backbone)],
             "adapter": None if self.adapter is None else weights_hash(self.adapter),
             "height": config.height or height,
             "width": config.width or width,
