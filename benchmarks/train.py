@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -121,7 +120,7 @@ def main() -> None:
                 measured = _seconds(model, stage, args.rounds) if part == "seconds" else [_memory(model, stage)]
                 for figures in measured:  # kept round by round: an interrupted run loses one
                     result.setdefault(model, {}).setdefault(f"stage{stage}", {}).update(figures | ran)
-                    result |= _headline(result.get("mid", {})) | {"versions": versions()}
+                    result |= _headline(result.get("mid", {})) | _all_taps(args.output) | {"versions": versions()}
                     result["command"] = "python benchmarks/train.py"  # a part says how it was measured
                     write_json(args.output, result)
 
@@ -133,6 +132,12 @@ def _headline(mid: dict[str, Any]) -> dict[str, Any]:
         for name in ("ratio", "ratio_cached")
         if name in figures
     }
+
+
+def _all_taps(output: Path) -> dict[str, Any]:
+    """The figure of `benchmarks/atlas.py`, where that lies beside."""
+    file = output.with_name("atlas.json")
+    return {"all_taps_ratio": json.loads(file.read_text(encoding="utf-8"))["all_taps_ratio"]} if file.is_file() else {}
 
 
 def _seconds(model: str, stage: int, rounds: int) -> Iterator[dict[str, Any]]:
@@ -273,7 +278,9 @@ def _peak_memory(model: str, stage: int, arm: str) -> dict[str, float]:
 
 
 def _resident_gb() -> float:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+    """The most that this process has held. Not by `getrusage`, to which a process brings its parent's along (Linux)."""
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return round(int(peak.split()[1]) * 1024 / 1e9, 3)
 
 
 def _filled_cache(load: Workload, folder: Path) -> CachedEncodings:

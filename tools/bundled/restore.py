@@ -4,7 +4,8 @@
 
 Finished parts (autoencoder, tokenizer, text encoder, image encoder, denoiser) come from the package data, so that
 `latents.py` and `unet.py --weights src/dpt_t2i/bundled/base/unet` can run after `pool.py` alone. So does stage 1's
-adapter.
+adapter. Runs that are half done come from `tools/bundled/kept`: now the LoRA of `configs/bundled/control_compute.yaml`,
+from which `control_compute_further.yaml` goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from common import BASE, WORK, log, start
 from pack import PROJECTION, TARGET
 from safetensors.torch import load_file
 
+KEPT = Path(__file__).parent / "kept"  # run folder's name -> its weights, in fp16
+
 
 def main() -> None:
     start("restore")
@@ -26,6 +29,8 @@ def main() -> None:
     projection = load_file(TARGET / "image_encoder" / PROJECTION)["text_projection.weight"]
     torch.save({"weight": projection.float()}, WORK / "text_projection.pt")
     _give(TARGET / "base/dpt/probe/adapter", WORK / "probe/adapter")
+    for run in sorted(KEPT.iterdir()):
+        _give(run, WORK / run.name)
 
 
 def _give(source: Path, target: Path) -> None:
