@@ -79,7 +79,7 @@ def lora_parameters(backbone: Backbone) -> list[nn.Parameter]:
 def lora_sizes(backbone: Backbone) -> list[tuple[int, float]]:
     """Each (rank, alpha) that some layer of the LoRA has; one pair in a LoRA of ours."""
     layers = [module for module in backbone.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-    return sorted({(one.r[ADAPTER_NAME], float(one.lora_alpha[ADAPTER_NAME])) for one in layers})
+    return sorted({(one.r[name], float(one.lora_alpha[name])) for one in layers for name in one.r})
 
 
 def remove_lora(backbone: Backbone) -> None:
