@@ -1,21 +1,28 @@
 """A training step as the released code does it, on our parts: the other arm of `benchmarks/train.py`.
 
 Six passes of the denoiser an example, each with texts encoded for it, each read by the whole adapter. Nothing is shared
-between passes; the LoRA is PEFT's in both arms, two small matrix products beside each projection.
+between passes. The LoRA is PEFT's, two small matrix products beside each projection and a sum; the adapter's attention
+and dropout are `nn.MultiheadAttention` and `nn.Dropout`, as in the released transformer, but without the attention's
+weights, which nobody reads, so by SDPA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
 
+from dpt_t2i.adapter.dropout import Dropout
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.adapter.score import match_score
 from dpt_t2i.adapter.types import AdapterOutput
 from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.lora_linear import OneFunctionLinear
 from dpt_t2i.backbones.types import Features, Tap, TextStates
 from dpt_t2i.data.examples import Batch
 from dpt_t2i.objectives.denoise import denoise_loss
@@ -24,6 +31,22 @@ from dpt_t2i.objectives.positions import positive_map
 from dpt_t2i.objectives.rec import rec_losses
 from dpt_t2i.objectives.types import GroundingTargets
 from dpt_t2i.training.denoising import Draw
+
+
+def _attend(attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """`dpt_t2i.adapter.transformer.attend` by the module itself."""
+    result: Tensor = attention(queries.expand(len(keys), -1, -1), keys, values, need_weights=False)[0]
+    return result
+
+
+@contextmanager
+def _library_layers() -> Iterator[None]:
+    with (
+        patch.object(OneFunctionLinear, "forward", PeftLinear.forward),
+        patch.object(Dropout, "forward", nn.Dropout.forward),
+        patch("dpt_t2i.adapter.transformer.attend", _attend),
+    ):
+        yield
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,10 @@ class Naive:
     tunes: bool
 
     def losses(self, batch: Batch, latents: Tensor, draw: Draw) -> dict[str, Tensor]:
+        with _library_layers():
+            return self._losses(batch, latents, draw)
+
+    def _losses(self, batch: Batch, latents: Tensor, draw: Draw) -> dict[str, Tensor]:
         """The terms of `ProbeObjective` or `TuneObjective`. Every hard negative exists, and no caption is dropped.
 
         Args:

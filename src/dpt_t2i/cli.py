@@ -7,13 +7,11 @@ work's module is imported when the command runs, so that `dpt --help` answers at
 from __future__ import annotations
 
 import contextlib
-import errno
 import inspect
 import json
 import logging
 import math
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -28,12 +26,10 @@ from pydantic.fields import FieldInfo
 
 from dpt_t2i import config as settings
 from dpt_t2i.config import ALIASES, Section, build_config, is_optional, is_tuple, leaves, resolve_key
-from dpt_t2i.errors import InputError, Stopped
+from dpt_t2i.errors import InputError, Stopped, writing_to
 
 # hyphen = underscore in every flag
 SETTINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120}
-# What the system says when a place cannot be written; the user's to mend.
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
 ConfigFile = Annotated[
     Path | None,
@@ -174,49 +170,16 @@ def _perform(
         logging.getLogger().setLevel(logging.ERROR)
     module, _, function = run.partition(":")
     work: Callable[..., dict[str, Any]] = getattr(import_module(module), function)
-    try:
-        if output_dir is not None:
-            _check_place(output_dir)
-        # A library that writes to stdout would spoil the JSON.
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            result = work(*positional, **named)
-    except OSError as error:
-        if not _is_unwritable(error, output_dir):
-            raise
-        raise InputError(f"cannot write {error.filename or output_dir}: {error.strerror}") from error
-    except Exception as error:
-        # safetensors tells what the disk said in its own class of error, which is no OSError
-        said = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-        if said is None or int(said[1]) not in UNWRITABLE:
-            raise
-        raise InputError(f"cannot write {output_dir or 'a file of weights'}: {os.strerror(int(said[1]))}") from error
+    # A library that writes to stdout would spoil the JSON.
+    kept_clean = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    with writing_to(output_dir), kept_clean:
+        result = work(*positional, **named)
     if not _is_first_process():
         return
     if as_json:
         typer.echo(json.dumps(_plain(result), allow_nan=False))
     else:
         _tell(result, output_dir)
-
-
-def _check_place(output_dir: Path) -> None:
-    """Fail before the work, not after it: the nearest folder that exists must be one and be ours to write in."""
-    place = output_dir.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise InputError(f"cannot write {output_dir}: {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {output_dir}: no permission in {place}")
-
-
-def _is_unwritable(error: OSError, output_dir: Path | None) -> bool:
-    if error.errno in UNWRITABLE:
-        return True
-    if error.errno != errno.ENOENT or output_dir is None or not isinstance(error.filename, str):
-        return False
-    # mkdir in a file system that takes no folders (/proc) answers that the new folder does not exist
-    target = output_dir.absolute()
-    return Path(error.filename).absolute() in (target, *target.parents)
 
 
 def _tell(result: Mapping[str, Any], output_dir: Path | None) -> None:

@@ -1,6 +1,16 @@
-"""The one error that is the user's to mend. Everything else is ours."""
+"""The one error that is the user's to mend. Everything else is ours, but a place that cannot be written."""
 
 from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What the system says when a place cannot be written.
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
 
 class InputError(ValueError):
@@ -17,3 +27,47 @@ class Stopped(Exception):
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+@contextmanager
+def writing_to(output_dir: Path | None) -> Iterator[None]:
+    """Within, what the system says of a place that cannot be written is bad input; a bad `output_dir` at once.
+
+    Raises:
+        InputError: no permission, no room, a file where a folder should be.
+    """
+    if output_dir is not None:
+        _check_place(output_dir)
+    try:
+        yield
+    except OSError as error:
+        if not _is_unwritable(error, output_dir):
+            raise
+        raise InputError(f"cannot write {error.filename or output_dir}: {error.strerror}") from error
+    except Exception as error:
+        # safetensors tells what the disk said in its own class of error, which is no OSError
+        said = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        if said is None or int(said[1]) not in UNWRITABLE:
+            raise
+        raise InputError(f"cannot write {output_dir or 'a file of weights'}: {os.strerror(int(said[1]))}") from error
+
+
+def _check_place(output_dir: Path) -> None:
+    """Fail before the work, not after it: the nearest folder that exists must be one and be ours to write in."""
+    place = output_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"cannot write {output_dir}: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {output_dir}: no permission in {place}")
+
+
+def _is_unwritable(error: OSError, output_dir: Path | None) -> bool:
+    if error.errno in UNWRITABLE:
+        return True
+    if error.errno != errno.ENOENT or output_dir is None or not isinstance(error.filename, str):
+        return False
+    # mkdir in a file system that takes no folders (/proc) answers that the new folder does not exist
+    target = output_dir.absolute()
+    return Path(error.filename).absolute() in (target, *target.parents)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpt_t2i.adapter.dropout import Dropout, dropout
+
 
 def attend(attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """What `attention(queries, keys, values)[0]` gives, without the module's way through sequence-first layouts.
@@ -29,9 +31,13 @@ def attend(attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, valu
         F.linear(states, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
         for states, weight, bias in parts
     )  # [B, heads, Q | N, d / heads]
-    dropout = attention.dropout if attention.training else 0.0
     query = query.expand(len(key), -1, -1, -1)
-    attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    drops = attention.dropout if attention.training else 0.0
+    if drops and query.device.type == "cpu":  # where PyTorch has no kernel for it but does these products one by one
+        shares = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1)
+        attended = dropout(shares, drops, True) @ value
+    else:
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=drops)
     result: Tensor = attention.out_proj(attended.transpose(1, 2).flatten(2))
     return result
 
@@ -44,7 +50,7 @@ class EncoderLayer(nn.Module):
         self.linear2 = nn.Linear(dim_feedforward, dim)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, source: Tensor, positions: Tensor) -> Tensor:
         """`source`, `positions`: `[B, N, d]` -> `[B, N, d]`."""
@@ -66,7 +72,7 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, target: Tensor, memory: Tensor, positions: Tensor, queries: Tensor, read: int | None = None

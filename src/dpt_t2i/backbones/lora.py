@@ -33,6 +33,7 @@ from dpt_t2i.backbones.lora_files import (
     read_header,
     read_lora,
 )
+from dpt_t2i.backbones.lora_linear import as_one_function
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.errors import InputError
 
@@ -258,6 +259,7 @@ def diffusers_reader(pipeline: Any) -> Callable[[dict[str, Tensor]], dict[str, T
 def _inject(backbone: Backbone, config: LoraConfig) -> list[nn.Parameter]:
     """Fresh layers as `config` says; their parameters, float32 whatever the base's dtype."""
     denoiser: Any = backbone.denoiser
+    as_one_function(config, denoiser)
     if peft_only.has_lora_methods(denoiser):
         denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
     else:
