@@ -21,7 +21,7 @@ from dpt_t2i.config import DoctorConfig, ModelConfig
 from dpt_t2i.errors import InputError
 
 STACK = ("dpt-t2i", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic", "typer")
-OPTIONAL = ("gradio", "datasets", "webdataset", "tensorboard", "trackio", "wandb")
+OPTIONAL = ("gradio", "datasets", "tensorboard", "trackio", "wandb")
 RESERVE = 0.25  # share of the free memory left to kernels, optimiser and the rest of the machine
 PASSES = 6  # of the denoiser for one training example (method: five for matching, one for grounding)
 TAP = "up1"  # where a denoiser has it, else the tap in its middle

@@ -1,6 +1,7 @@
 """From records to fixed examples, and their noise."""
 
 import torch
+from PIL import Image
 
 from dpt_t2i.data.records import Expression, Negative, Record
 from dpt_t2i.data.scenes import SceneRecords
@@ -33,6 +34,18 @@ def test_a_record_is_seen_as_its_first_caption_negative_and_single_expression() 
     (several,) = examples_of([Record("8", "mine", lambda: picture, ("a",), record.expressions[:1])], 32)
     assert several.boxes is not None and len(several.boxes) == 2
     assert several.hard_caption is None and several.hard_pixels is None
+
+
+def test_a_record_without_negatives_gets_one_by_rule_always_the_same():
+    picture = Image.new("RGB", (32, 32))
+    plain = Record("9", "mine", lambda: picture, ("a red circle and a blue square",))
+    first, again = (list(examples_of([plain], 32))[0] for _ in range(2))
+    assert (first.hard_caption, first.rule) == ("a blue circle and a red square", "swap_attributes")
+    assert (again.hard_caption, again.rule) == (first.hard_caption, first.rule)
+    true_too = Record("10", "mine", lambda: picture, ("a red circle and a blue square", first.hard_caption))
+    (other,) = examples_of([true_too], 32)
+    assert other.hard_caption not in (None, *true_too.captions)
+    assert other.rule != "swap_attributes"
 
 
 def test_noise_and_latents_do_not_depend_on_the_chunk_size(model: T2IModel) -> None:

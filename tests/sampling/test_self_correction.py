@@ -295,6 +295,7 @@ def test_settings_come_from_the_call_then_from_the_adapters_folder(tmp_path):
     stored = {"correct": 0.03, "correction_rule": "relative", "correction_every": 2}
     save_adapter(adapter, tmp_path / "a", base_fingerprint=fingerprint, metadata={"correction": stored})
     assert SelfCorrection(pipeline, tmp_path / "a").config == CorrectionConfig(**stored)
+    assert SelfCorrection(pipeline, adapter).config == CorrectionConfig(**stored), "in memory too"
     assert SelfCorrection(pipeline, str(tmp_path / "a"), correction_every=3).config.correction_every == 3
     save_adapter(adapter, tmp_path / "b", base_fingerprint=fingerprint)
     with pytest.raises(InputError, match="needs a strength; give `correct`"):

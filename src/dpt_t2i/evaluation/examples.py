@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.backbones.interface import Backbone
-from dpt_t2i.data.records import Expression, Record
+from dpt_t2i.data.perturb import perturb
+from dpt_t2i.data.records import Expression, Negative, Record
 from dpt_t2i.data.transforms import fit_square, to_pixels
 from dpt_t2i.sampling.noise import shared_noise
 
@@ -42,7 +43,8 @@ class Chunk:
 def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExample]:
     """The first caption and negative of every record, and its first expression that names one thing alone.
 
-    A record whose expressions all name several things gives the first of them.
+    A record without negatives gets one by rule, as in training, always the same; where no rule applies it has none. A
+    record whose expressions all name several things gives the first of them.
     """
     for record in records:
         expression = _expression_of(record)
@@ -50,7 +52,7 @@ def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExam
         record.require_inside(keep, picture.size)
         square, boxes = fit_square(picture, keep, resolution)
         hard = record.load_negative_image()
-        negative = next(iter(record.negatives), None)
+        negative = next(iter(record.negatives or _made_by_rule(record)), None)
         yield EvalExample(
             id=f"{record.source}/{record.id}",
             pixels=to_pixels(square),
@@ -61,6 +63,10 @@ def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExam
             expression=expression.text if expression else None,
             boxes=boxes if expression else None,
         )
+
+
+def _made_by_rule(record: Record) -> list[Negative]:
+    return [made for made in perturb(record.captions[0]) if made.caption not in record.captions]
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ class SelfCorrection:
         adapter: folder that `dpt probe` or `dpt tune` wrote, or an adapter in memory, which is frozen too. It knows the
             tap that it reads.
         settings: those of `dpt generate` by the same names: `correct`, `correction_rule`, `correction_mode`,
-            `correction_start`, `correction_end`, `correction_every`. What is not given is taken from what is stored
-            with the adapter, if anything, else from the command's defaults.
+            `correction_start`, `correction_end`, `correction_every`. Without `correct` what is not given is taken from
+            what is stored with the adapter, if anything; all else has the command's defaults.
 
     Raises:
         InputError: an unsupported pipeline, an adapter of another architecture, an unknown setting, no strength, or
@@ -53,12 +53,13 @@ class SelfCorrection:
         self.backbone: Backbone = backbone_of(pipeline)
         self.pipeline = pipeline
         check_offload(self.backbone.denoiser)
-        stored: dict[str, Any] = {}
         if not isinstance(adapter, DiscriminativeAdapter):
-            adapter, metadata = load_adapter(Path(adapter), torch.device("cpu"), self.backbone.fingerprint())
-            stored = metadata.get("correction") or {}
+            adapter, _ = load_adapter(Path(adapter), torch.device("cpu"), self.backbone.fingerprint())
         elif adapter.origin is not None:
             check_fingerprint(adapter.origin.base, self.backbone.fingerprint(), "the adapter")
+        # A strength means another thing under another rule, so one that is given stands alone.
+        asks = adapter.origin is not None and "correct" not in settings
+        stored = (adapter.origin.metadata.get("correction") if asks and adapter.origin else None) or {}
         self.config = build_config(CorrectionConfig, overrides={**stored, **settings})
         _check_settings(self.config)
         self.scorer = MatchScorer.of(self.backbone, adapter.requires_grad_(False))
