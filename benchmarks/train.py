@@ -4,10 +4,10 @@
     python benchmarks/train.py --model bundled --stage 1   # the other figures in --output stay as they are
 
 Two arms compute the same losses of the same latents, texts, noise and weights (held to 1e-4 before any is timed):
-`ours`, and `naive` with six passes of the denoiser (`benchmarks/naive.py`). Both attend by SDPA, on one thread, and
-take turns within a round; a ratio is the median over rounds of naive / ours. Seconds are the process's CPU time, which
-on one thread is wall time less what other programs took. The first round also counts FLOPs, which slows both a little.
-`--part memory` does one step of one arm a process, for its peak.
+`ours`, and `naive` with six passes of the denoiser and the libraries' layers (`benchmarks/naive.py`). Both denoisers
+attend by SDPA, on one thread, and the arms take turns within a round; a ratio is the median over rounds of naive /
+ours. Seconds are the process's CPU time, which on one thread is wall time less what other programs took. The first
+round also counts FLOPs, which slows both a little. `--part memory` does one step of one arm a process, for its peak.
 
 Without caches latents are given to both arms and texts are encoded live; with them ours reads latents and texts from a
 cache, and naive runs the VAE too (timed on a third of the pictures). Latents and weights of `mid` are random: what they
@@ -231,8 +231,12 @@ def _difference(load: Workload, naive: Naive) -> float:
 
 
 def _count_attention() -> None:
-    """PyTorch's counter takes the CPU's attention for free; it is told what it costs."""
+    """PyTorch's counter takes the CPU's attention and sums in place for free; it is told what they cost."""
     aten: Any = torch.ops.aten
+
+    @register_flop_formula(aten.addmm_)  # type: ignore[untyped-decorator]
+    def in_place(_sum: Any, first: Any, second: Any, **_named: Any) -> int:
+        return 2 * int(first[0] * first[1] * second[1])
 
     @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)  # type: ignore[untyped-decorator]
     def forward(query: Any, key: Any, value: Any, *_args: Any, **_named: Any) -> int:

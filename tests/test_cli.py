@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -234,6 +235,19 @@ def test_a_place_that_is_a_file_is_refused_before_the_work(
     for place in ("taken", "taken/run"):
         assert cli.main(["probe", "--output_dir", place]) == 2
         assert f"error: cannot write {place}" in capsys.readouterr().err
+    assert probe.config is None
+
+
+def test_a_place_that_may_not_be_looked_into_is_the_users(
+    work: Callable[..., Work], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(place: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(place))
+
+    probe = work(PROBE)
+    monkeypatch.setattr(Path, "exists", closed)
+    assert cli.main(["probe", "--output_dir", "closed/run"]) == 2
+    assert re.search(r"error: cannot write \S*closed/run: Permission denied\n", capsys.readouterr().err)
     assert probe.config is None
 
 

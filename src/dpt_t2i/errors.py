@@ -36,9 +36,9 @@ def writing_to(output_dir: Path | None) -> Iterator[None]:
     Raises:
         InputError: no permission, no room, a file where a folder should be.
     """
-    if output_dir is not None:
-        _check_place(output_dir)
     try:
+        if output_dir is not None:
+            _check_place(output_dir)
         yield
     except OSError as error:
         if not _is_unwritable(error, output_dir):

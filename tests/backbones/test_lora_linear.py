@@ -76,6 +76,15 @@ def test_gradients_are_those_of_finite_differences():
     )
 
 
+def test_backward_inside_autocast_keeps_the_dtypes_of_forward():
+    layer, x = adapted(ours=True, dtype=torch.float32), inputs(torch.float32)
+    result = layer(x).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        result.backward()
+    expected = layer.base_layer.weight + 1.5 * layer.lora_B["one"].weight @ layer.lora_A["one"].weight
+    torch.testing.assert_close(x.grad, expected.sum(0).expand(2, 4, 5).detach())
+
+
 def test_gradients_of_a_gradient_are_refused():
     layer, x = adapted(ours=True).double(), inputs()
     (gradient,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
@@ -165,6 +174,17 @@ def test_layers_of_another_kind_are_left_to_peft():
     as_one_function(config, layer)
     inject_adapter_in_model(config, layer, "one")
     assert type(layer.to_q) is PeftLinear
+
+
+def test_weights_of_another_kind_are_left_to_peft():
+    class Packed(torch.Tensor):
+        pass
+
+    layer = Layer()
+    layer.to_q.weight = nn.Parameter(torch.randn(3, 5).as_subclass(Packed), requires_grad=False)
+    config = LoraConfig(r=2, target_modules=["to_q"])
+    as_one_function(config, layer)
+    assert not config._custom_modules
 
 
 def test_every_adapted_projection_of_a_denoiser_is_one():

@@ -83,7 +83,7 @@ def test_what_the_discriminative_evaluations_refuse(
     bare = bare.model_copy(update={"model": bare.model.model_copy(update={"adapter": "none"})})
     with pytest.raises(InputError, match="needs an adapter"):
         commands.run_rec(bare)
-    plain = Record("1", "mine", lambda: Image.new("RGB", (32, 32)), ("a star",))
+    plain = Record("1", "mine", lambda: Image.new("RGB", (32, 32)), ("hello there",))
     monkeypatch.setattr(commands, "open_records", lambda *_: [plain])
     with pytest.raises(InputError, match="no hard negatives"):
         commands.run_itm(discrimination(tmp_path))

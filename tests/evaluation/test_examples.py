@@ -46,6 +46,10 @@ def test_a_record_without_negatives_gets_one_by_rule_always_the_same():
     (other,) = examples_of([true_too], 32)
     assert other.hard_caption not in (None, *true_too.captions)
     assert other.rule != "swap_attributes"
+    shown = Record("11", "mine", lambda: picture, plain.captions, negative_image=lambda: picture)
+    (third,) = examples_of([shown], 32)
+    assert third.hard_caption is None, "nothing says that it would be true of the negative picture"
+    assert third.hard_pixels is not None
 
 
 def test_noise_and_latents_do_not_depend_on_the_chunk_size(model: T2IModel) -> None:

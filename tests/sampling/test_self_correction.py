@@ -296,6 +296,8 @@ def test_settings_come_from_the_call_then_from_the_adapters_folder(tmp_path):
     save_adapter(adapter, tmp_path / "a", base_fingerprint=fingerprint, metadata={"correction": stored})
     assert SelfCorrection(pipeline, tmp_path / "a").config == CorrectionConfig(**stored)
     assert SelfCorrection(pipeline, adapter).config == CorrectionConfig(**stored), "in memory too"
+    for name in ("correct", "correction_factor"):  # a strength that is given means what it says
+        assert SelfCorrection(pipeline, adapter, **{name: 0.5}).config == CorrectionConfig(correct=0.5)
     assert SelfCorrection(pipeline, str(tmp_path / "a"), correction_every=3).config.correction_every == 3
     save_adapter(adapter, tmp_path / "b", base_fingerprint=fingerprint)
     with pytest.raises(InputError, match="needs a strength; give `correct`"):

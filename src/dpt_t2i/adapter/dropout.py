@@ -24,7 +24,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     dropped = min(max(round(p * LEVELS), 1), LEVELS - 1)
     integers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
     kept = integers.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - LEVELS // 2
-    # Masks and scales in one pass, forward and backward; named after its part in PyTorch's own dropout.
+    # x * kept * scale, and the same of its gradient, for which only `kept` is held; a part of PyTorch's own dropout.
     result: Tensor = torch.ops.aten.native_dropout_backward(x, kept, LEVELS / (LEVELS - dropped))
     return result
 

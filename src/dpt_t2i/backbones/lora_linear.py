@@ -62,7 +62,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         inner = x @ down.t()
-        ctx.save_for_backward(x, inner, weight, down, up)
+        ctx.save_for_backward(x, inner, weight if ctx.needs_input_grad[0] else None, down, up)
         ctx.scale = scale
         return F.linear(x, weight, bias).addmm_(inner, up.t(), alpha=scale)
 
@@ -70,14 +70,15 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, down, up = ctx.saved_tensors
-        of_inner = (gradient @ up).mul_(ctx.scale)
-        of_x = (gradient @ weight).addmm_(of_inner, down) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, of_inner.t() @ x, (gradient.t() @ inner).mul_(ctx.scale), None
+        with torch.autocast(gradient.device.type, enabled=False):  # whoever calls backward inside: dtypes are settled
+            of_inner = (gradient @ up).mul_(ctx.scale)
+            of_x = None if weight is None else (gradient @ weight).addmm_(of_inner, down)
+            return of_x, None, None, of_inner.t() @ x, (gradient.t() @ inner).mul_(ctx.scale), None
 
 
 def as_one_function(config: LoraConfig, denoiser: nn.Module) -> None:
-    """Let PEFT put `OneFunctionLinear` round the linear layers of a denoiser. One with other kinds of them (quantised
-    ones) is left to PEFT, which has a class for each."""
-    kinds = {type(module) for module in denoiser.modules() if isinstance(module, nn.Linear)}
-    if kinds <= {nn.Linear}:
+    """Let PEFT put `OneFunctionLinear` round the linear layers of a denoiser. One with other kinds of layers or weights
+    (quantised ones) is left to PEFT, which has a class for each."""
+    linear = [module for module in denoiser.modules() if isinstance(module, nn.Linear)]
+    if all(type(module) is nn.Linear and type(module.weight.data) is Tensor for module in linear):
         config._register_custom_module({nn.Linear: OneFunctionLinear})  # PEFT's way, which it calls experimental

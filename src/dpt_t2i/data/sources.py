@@ -216,7 +216,7 @@ def _is_usable(record: Record, faults: Faults) -> bool:
 
 def _tell(split: Side, counts: Counts, faults: Faults) -> None:
     log.info(
-        "%s: %d records, %d captions; hard negatives: %d captions, %d images, %d records have no hard caption; "
+        "%s: %d records, %d captions; hard negatives: %d captions, %d images, %d records have none of their own; "
         "grounding: %d expressions, %d records have none and their loss is masked%s",
         split,
         counts.records,

@@ -90,7 +90,10 @@ def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
         return {"summary": []}
     summary = itm_summary(rows)
     if not any("text" in accuracies or "image" in accuracies for accuracies in summary.values()):
-        raise InputError(f"data set `{config.data.dataset}` has no hard negatives; give records with `negatives`")
+        raise InputError(
+            f"data set `{config.data.dataset}` has no hard negatives, nor captions that a rule of `dpt data perturb` "
+            "knows; give records with `negatives`"
+        )
     write_rows(config.output_dir / "itm_scores.jsonl", (asdict(row) for row in rows))
     warnings = miner_warnings(Path(config.data.dataset), part_hashes(scorer.backbone.pipeline), "matching score")
     result = {"timesteps": summary, "warnings": warnings} | _origin(config, len({row.id for row in rows}))

@@ -43,8 +43,9 @@ class Chunk:
 def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExample]:
     """The first caption and negative of every record, and its first expression that names one thing alone.
 
-    A record without negatives gets one by rule, as in training, always the same; where no rule applies it has none. A
-    record whose expressions all name several things gives the first of them.
+    A record without any negative gets a caption by rule, as in training, always the same; where no rule applies it has
+    none, nor where a picture is its negative, of which the made caption need not be true. A record whose expressions
+    all name several things gives the first of them.
     """
     for record in records:
         expression = _expression_of(record)
@@ -66,6 +67,8 @@ def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExam
 
 
 def _made_by_rule(record: Record) -> list[Negative]:
+    if record.negative_image is not None:
+        return []
     return [made for made in perturb(record.captions[0]) if made.caption not in record.captions]
 
 

@@ -24,7 +24,7 @@ from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.fingerprint import check_fingerprint
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import backbone_of
-from dpt_t2i.config import CorrectionConfig, build_config
+from dpt_t2i.config import CorrectionConfig, build_config, resolve_key
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.guide import Guide
 from dpt_t2i.sampling.offload import check_offload
@@ -58,7 +58,8 @@ class SelfCorrection:
         elif adapter.origin is not None:
             check_fingerprint(adapter.origin.base, self.backbone.fingerprint(), "the adapter")
         # A strength means another thing under another rule, so one that is given stands alone.
-        asks = adapter.origin is not None and "correct" not in settings
+        given = {resolve_key(CorrectionConfig, key) for key in settings}
+        asks = adapter.origin is not None and "correct" not in given
         stored = (adapter.origin.metadata.get("correction") if asks and adapter.origin else None) or {}
         self.config = build_config(CorrectionConfig, overrides={**stored, **settings})
         _check_settings(self.config)
