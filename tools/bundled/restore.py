@@ -4,8 +4,8 @@
 
 Finished parts (autoencoder, tokenizer, text encoder, image encoder, denoiser) come from the package data, so that
 `latents.py` and `unet.py --weights src/dpt_t2i/bundled/base/unet` can run after `pool.py` alone. So does stage 1's
-adapter. Runs that are half done come from `tools/bundled/kept`: now the LoRA of `configs/bundled/control_compute.yaml`,
-from which `control_compute_further.yaml` goes on.
+adapter. What the package does not carry comes from `tools/bundled/kept`: the second control's LoRA, hours of training
+that whoever measures DPT beside it need not repeat.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common import BASE, WORK, log, start
 from pack import PROJECTION, TARGET
 from safetensors.torch import load_file
 
-KEPT = Path(__file__).parent / "kept"  # run folder's name -> its weights, in fp16
+KEPT = Path(__file__).parent / "kept"  # run folder's name -> its weights
 
 
 def main() -> None:
