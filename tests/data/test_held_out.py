@@ -120,6 +120,9 @@ def test_hard_captions_by_rule_fill_in_only_where_the_source_has_none():
     filled = Examples([own, bare, none], 64, view=View(make_negatives=rules))
     assert [filled.item(0, row).hard_caption for row in range(3)] == ["b", "not c", None]
     assert [Examples([own, bare, none], 64).item(0, row).hard_caption for row in range(3)] == ["b", None, None]
+    shown = Record("3", "toy", image, ("d",), negative_image=image)
+    item = Examples([own, shown], 64, view=View(make_negatives=rules)).item(0, 1)
+    assert item.hard_caption is None and item.hard_pixels is not None, "nothing says that `not d` is true of it"
     found = count([own, bare, none])
     assert (found.records, found.negatives, found.without_negative, found.without_expression) == (3, 1, 2, 3)
 

@@ -38,8 +38,13 @@ def test_figures_of_full_records_are_shares_of_the_examples(model, records):
 def test_figures_without_a_source_are_left_out(model, records):
     texts = [replace(record, negative_image=None, expressions=()) for record in records]
     assert list(Validation(*model, texts, 32)()) == ["itm_text"]
-    boxes = [replace(record, negative_image=None, negatives=()) for record in records]
+    boxes = [replace(record, negative_image=None, negatives=(), captions=("no rule knows this",)) for record in records]
     assert list(Validation(*model, boxes, 32)()) == ["rec_p1", "rec_p5", "rec_p10"]
+
+
+def test_without_negatives_captions_by_rule_are_what_matching_is_measured_by(model, records):
+    texts = [replace(record, negative_image=None, negatives=(), expressions=()) for record in records]
+    assert list(Validation(*model, texts, 32)()) == ["itm_text"]
 
 
 def test_what_is_cut_is_not_told_again(model, records, caplog):

@@ -82,7 +82,8 @@ class View:
         center_crop: False = a crop anywhere; both keep the boxes.
         random_flip: mirror half of the examples whose captions and expression name no side. All three pictures of an
             example are mirrored together, so that no text is true of one for its side only.
-        make_negatives: hard captions for records that have none of their own.
+        make_negatives: hard captions for records that have no negative of their own; what it makes need not be true of
+            a picture that is one.
         alone: the picture and its caption are all that is shown, which is what the denoising loss looks at; without
             crops and flips both are what they would be among negatives.
     """
@@ -104,7 +105,7 @@ class View:
             return self._picture(record, row, caption, rng, size)
         expression = _choose(record.expressions, rng)
         negatives = record.negatives
-        if not negatives and self.make_negatives is not None:
+        if not negatives and self.make_negatives is not None and record.negative_image is None:
             negatives = tuple(n for n in self.make_negatives(caption) if n.caption not in record.captions)
         paired = record.negative_image is not None and not record.more_negative_images
         negative = _first(negatives) if paired else _choose(negatives, rng)
