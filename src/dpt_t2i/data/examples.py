@@ -104,9 +104,7 @@ class View:
         if self.alone:
             return self._picture(record, row, caption, rng, size)
         expression = _choose(record.expressions, rng)
-        negatives = record.negatives
-        if not negatives and self.make_negatives is not None and record.negative_image is None:
-            negatives = tuple(n for n in self.make_negatives(caption) if n.caption not in record.captions)
+        negatives = hard_captions(record, caption, self.make_negatives)
         paired = record.negative_image is not None and not record.more_negative_images
         negative = _first(negatives) if paired else _choose(negatives, rng)
         hard_image = int(rng.integers(1 + len(record.more_negative_images))) if record.more_negative_images else 0
@@ -150,6 +148,14 @@ class View:
 
 
 VIEW = View()
+
+
+def hard_captions(record: Record, caption: str, make: MakeNegatives | None) -> Sequence[Negative]:
+    """The record's own, else what `make` makes of `caption`, where no picture is its negative: of that it need not be
+    true."""
+    if record.negatives or record.negative_image is not None or make is None:
+        return record.negatives
+    return tuple(made for made in make(caption) if made.caption not in record.captions)
 
 
 class LeftOut:

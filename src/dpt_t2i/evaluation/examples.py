@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.data.examples import hard_captions
 from dpt_t2i.data.perturb import perturb
-from dpt_t2i.data.records import Expression, Negative, Record
+from dpt_t2i.data.records import Expression, Record
 from dpt_t2i.data.transforms import fit_square, to_pixels
 from dpt_t2i.sampling.noise import shared_noise
 
@@ -53,7 +54,7 @@ def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExam
         record.require_inside(keep, picture.size)
         square, boxes = fit_square(picture, keep, resolution)
         hard = record.load_negative_image()
-        negative = next(iter(record.negatives or _made_by_rule(record)), None)
+        negative = next(iter(hard_captions(record, record.captions[0], perturb)), None)
         yield EvalExample(
             id=f"{record.source}/{record.id}",
             pixels=to_pixels(square),
@@ -64,12 +65,6 @@ def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExam
             expression=expression.text if expression else None,
             boxes=boxes if expression else None,
         )
-
-
-def _made_by_rule(record: Record) -> list[Negative]:
-    if record.negative_image is not None:
-        return []
-    return [made for made in perturb(record.captions[0]) if made.caption not in record.captions]
 
 
 @dataclass(frozen=True)
