@@ -122,9 +122,10 @@ def test_every_alias_points_to_a_leaf_and_hides_none() -> None:
 
 def test_the_flags_in_the_docs_exist() -> None:
     text = "\n".join(page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-    lines = re.findall(r"^dpt (?:evaluate |data )?([a-z-]+)\b(.*(?:\\\n.*)*)", text, re.MULTILINE)
+    lines = re.findall(r"^dpt (?:evaluate |data )?([a-z-]+)\b((?:.*\\\n)*.*)", text, re.MULTILINE)
     classes = CLASSES | dict.fromkeys(("itm", "rec"), CLASSES["evaluate"])
     used = [(command, line) for command, line in lines if command in classes]
+    assert any("\\\n" in line for _, line in used), "lines that go on below are read to their end"
     assert {command for command, _ in used} == classes.keys() - {"demo", "evaluate"}
     for command, line in used:
         for flag in re.findall(r"--([a-z_0-9]+)", re.sub(r"#.*", "", line)):

@@ -34,8 +34,7 @@ def attend(attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, valu
     query = query.expand(len(key), -1, -1, -1)
     drops = attention.dropout if attention.training else 0.0
     if drops and query.device.type == "cpu":  # where PyTorch has no kernel for it but does these products one by one
-        scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
-        shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        shares = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1)
         attended = dropout(shares, drops, True) @ value
     else:
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=drops)
