@@ -76,3 +76,11 @@ def test_a_broken_image_is_named_when_it_is_opened(tmp_path):
     record = read_imagefolder(tmp_path)[0]
     with pytest.raises(InputError, match=r"cannot read image .*000000\.png"):
         record.load_image()
+
+
+def test_a_folder_of_parts_names_them(tmp_path):
+    for part in ("val", "train"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "metadata.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=f"does not exist; give {tmp_path / 'train'} or {tmp_path / 'val'}$"):
+        read_imagefolder(tmp_path)

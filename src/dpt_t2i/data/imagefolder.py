@@ -34,7 +34,9 @@ def each_record(folder: Path, faults: Faults | None = None) -> Iterator[Record]:
     """
     file, faults = Path(folder) / METADATA, faults or Faults()
     if not file.is_file():
-        raise InputError(f"{file} does not exist; `dpt scenes export` writes such a folder")
+        parts = [part.parent for part in sorted(file.parent.glob(f"*/{file.name}"))]
+        mend = f"give {' or '.join(map(str, parts))}" if parts else "`dpt scenes export` writes such a folder"
+        raise InputError(f"{file} does not exist; {mend}")
     empty = True
     for record in sound(_records(Path(folder), file, faults), faults):
         empty = False
