@@ -16,10 +16,10 @@ demo: $(STAMP) ## the whole loop live, in minutes: probe, tune, generate, measur
 test: $(STAMP) ## fast tests, on the CPU
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP) ## tests that train or sample, and those of the extras [data] and [faiss]; CUDA's skip themselves without it
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,faiss]'
+test-slow: $(STAMP) ## tests that train or sample, and those of the extras [app], [data] and [faiss]; CUDA's skip themselves without it
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[app,data,faiss]'
 	$(BIN)/python -m pytest -m "slow or cuda"
-	$(BIN)/python -m pytest tests/data/test_hub.py tests/data/test_approximate.py
+	$(BIN)/python -m pytest tests/data/test_hub.py tests/data/test_approximate.py tests/publish/test_app.py
 
 quality: $(STAMP) ## lint, format check and types
 	$(BIN)/ruff check .

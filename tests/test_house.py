@@ -26,6 +26,7 @@ CLASSES: dict[str, type[Section]] = {
     "mine": settings.MineConfig,
     "perturb": settings.PerturbConfig,
     "doctor": settings.DoctorConfig,
+    "app": settings.AppConfig,
 }
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))  # beside them lies what the launcher reads
 PACKAGE = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -53,7 +54,7 @@ def test_the_changelog_knows_the_version() -> None:
 def test_every_dependency_is_pinned_for_the_tests() -> None:
     pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text().lower(), re.MULTILINE))
     extras = PACKAGE["optional-dependencies"]
-    wanted = [*PACKAGE["dependencies"], *extras["dev"], *extras["data"], *extras["faiss"]]
+    wanted = [*PACKAGE["dependencies"], *(line for name in ("dev", "app", "data", "faiss") for line in extras[name])]
     names = {re.split(r"[<>=]", line)[0].lower() for line in wanted}
     assert names <= pinned
     assert "torch==2.13.0\n" in (ROOT / "constraints.txt").read_text()  # no local part: any index has this wheel

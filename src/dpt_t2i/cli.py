@@ -320,6 +320,7 @@ command(
 )
 command(app, "export", settings.ExportConfig, "dpt_t2i.publish.export:run_export")
 command(app, "doctor", settings.DoctorConfig, "dpt_t2i.doctor:run_doctor")
+command(app, "app", settings.AppConfig, "dpt_t2i.publish.app:run_app")
 
 Count = Annotated[int, typer.Option("--n", min=1, help="number of scenes")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="seed of the scenes")]

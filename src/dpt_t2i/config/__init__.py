@@ -8,6 +8,7 @@ reads: `no` is a word to `mixed_precision` and false to `gradient_checkpointing`
 
 from dpt_t2i.config.commands import (
     AlignmentConfig,
+    AppConfig,
     CacheConfig,
     DemoConfig,
     DiscriminationConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "ATLAS_ADAPTER",
     "AdapterConfig",
     "AlignmentConfig",
+    "AppConfig",
     "AtlasConfig",
     "CacheConfig",
     "ConfigT",

@@ -244,6 +244,15 @@ class CacheConfig(Section):
     vae_batch_size: Positive = Field(8, description="images in one pass of the VAE: memory only")
 
 
+class AppConfig(Section):
+    """A web page: draw beside the plain base, with boxes, scores and the way there; judge pictures of your own."""
+
+    model: ModelConfig = ModelConfig()
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 = reachable from other machines")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(7860, description="port; 0 = any that is free")
+    output_dir: Path = Field(Path("runs/app"), description="folder that keeps every image, with its settings")
+
+
 class DoctorConfig(Section):
     """What this machine offers, and whether the model loads on it."""
 

@@ -44,7 +44,7 @@ def write_shared(
         state.wait_for_everyone()  # nobody writes before all have looked
         mine = [missing[i] for i in share_of(len(missing), state)]
         for job, image in zip(mine, make(mine) if mine else (), strict=True):
-            _write_image(folder, job, image, settings)
+            write_image(folder, job, image, settings)
         state.wait_for_everyone()
     return write_generation(folder, jobs, make, settings, arm) if state.is_main_process else []
 
@@ -79,7 +79,7 @@ def write_generation(
     if missing:
         with (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
             for job, image in zip(missing, make(missing), strict=True):
-                rows[job] = _row(job, settings, arm, _write_image(folder, job, image, settings))
+                rows[job] = _row(job, settings, arm, write_image(folder, job, image, settings))
                 manifest.write(json.dumps(rows[job]) + "\n")
                 manifest.flush()
     ordered = [rows[job] for job in jobs]
@@ -106,8 +106,8 @@ def read_parameters(path: Path) -> dict[str, Any] | None:
     return parameters if isinstance(parameters, dict) else None
 
 
-def _write_image(folder: Path, job: Job, image: Generated, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Save a job's image with all that made it; what came of it, for the manifest."""
+def write_image(folder: Path, job: Job, image: Generated, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Save a job's image as `image_file` says, with all that made it; what came of it, for the manifest."""
     result = {"score": image.score, "noise_seed": image.job.noise_seed}  # a search may have chosen another noise
     _save_png(folder / image_file(job), image.image, {**_wanted(job, settings), "result": result})
     return result

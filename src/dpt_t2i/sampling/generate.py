@@ -8,7 +8,7 @@ enlarge it, thousands of times in a step, so corrected images are drawn one at a
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.correct import Scorer
 from dpt_t2i.sampling.images import to_pil
-from dpt_t2i.sampling.loop import sample
+from dpt_t2i.sampling.loop import Step, sample
 from dpt_t2i.sampling.noise import seeded
 from dpt_t2i.sampling.scoring import Judge
 
@@ -82,6 +82,7 @@ def generate(
     judge: Judge | None = None,
     height: int | None = None,
     width: int | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Iterator[Generated]:
     """Make the images of `jobs`, in order, `settings.batch_size` at a time, or each alone where they are corrected.
 
@@ -90,6 +91,7 @@ def generate(
         scorer: what the correction climbs.
         judge: scores the finished latents; None leaves `score` empty.
         height, width: pixels; default the model's own.
+        on_step: is told of every sampling step of every batch.
 
     Raises:
         InputError: a size that the VAE cannot give, a negative prompt where guidance is distilled into the denoiser, or
@@ -110,7 +112,7 @@ def generate(
         null = negative.select(torch.zeros(len(batch), dtype=torch.long, device=backbone.device))
         generators = [seeded(job.noise_seed) for job in batch]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        latents = sample(backbone, text, null, noise, settings, correction, scorer, generators=generators)
+        latents = sample(backbone, text, null, noise, settings, correction, scorer, on_step, generators)
         with torch.no_grad():
             pixels = backbone.decode_image(latents)
         _check_finite(batch, latents, pixels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dpt_t2i.config import GenerateConfig, SampleConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of
 from dpt_t2i.sampling.judgement import Judgement, judge_image
-from dpt_t2i.sampling.loop import eta_of, guidance_interval_of, guidance_of
+from dpt_t2i.sampling.loop import Step, eta_of, guidance_interval_of, guidance_of
 from dpt_t2i.sampling.scoring import Judge, MatchScorer
 from dpt_t2i.sampling.search import best_of
 
@@ -54,8 +54,13 @@ class T2IModel:
         jobs = jobs_of(texts, [seeds] if isinstance(seeds, int) else list(seeds), config.own_noise)
         return [made.image for made in self.run(jobs, config)]
 
-    def run(self, jobs: Sequence[Job], config: GenerateConfig) -> Iterable[Generated]:
+    def run(
+        self, jobs: Sequence[Job], config: GenerateConfig, on_step: Callable[[Step], None] | None = None
+    ) -> Iterable[Generated]:
         """The images of `jobs` as `config` says; scored if there is an adapter, the best of several if it asks so.
+
+        Args:
+            on_step: is told of every sampling step, candidate by candidate where it searches.
 
         Raises:
             InputError: a search without an adapter, or `lora_draws` off without a LoRA and its adapter.
@@ -63,13 +68,13 @@ class T2IModel:
         if not config.sample.lora_draws and (self.adapter is None or not lora_parameters(self.backbone)):
             raise InputError("`no_lora_draws` lets the LoRA judge and not draw; it needs a LoRA and its adapter")
         judge = self.judge(config.search.score_timestep, config.search.score_draws, config.seed)
-        how = (config.sample, config.correction, self.scorer)
+        how, size = (config.sample, config.correction, self.scorer), (config.height, config.width)
         if config.search.best_of == 1:
-            yield from generate(self.backbone, jobs, *how, judge, config.height, config.width)
+            yield from generate(self.backbone, jobs, *how, judge, *size, on_step)
             return
         if judge is None:
             raise InputError("`best_of` > 1 ranks by the matching score and needs an adapter; give `adapter`")
-        for result in best_of(self.backbone, jobs, config.search.best_of, judge, *how, config.height, config.width):
+        for result in best_of(self.backbone, jobs, config.search.best_of, judge, *how, *size, on_step):
             yield result.best
 
     def judge(self, timestep: int, draws: int, seed: int) -> Judge | None:

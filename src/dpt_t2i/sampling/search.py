@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dpt_t2i.backbones.interface import Backbone
@@ -11,6 +11,7 @@ from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.correct import Scorer
 from dpt_t2i.sampling.generate import Generated, Job, generate
+from dpt_t2i.sampling.loop import Step
 from dpt_t2i.sampling.scoring import Judge
 
 CANDIDATE_STRIDE = 1_000_000  # candidates of neighbouring seeds never meet
@@ -47,10 +48,11 @@ def best_of(
     scorer: Scorer | None = None,
     height: int | None = None,
     width: int | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Iterator[SearchResult]:
     """For each job the best of `count` candidates by `judge`, in order; the other arguments are `generate`'s."""
     candidates = [replace(job, noise_seed=seed) for job in jobs for seed in candidate_seeds(job.noise_seed, count)]
-    images = generate(backbone, candidates, settings, correction, scorer, judge, height, width)
+    images = generate(backbone, candidates, settings, correction, scorer, judge, height, width, on_step)
     for _ in jobs:
         tried = {image.job.noise_seed: image for image in (next(images) for _ in range(count))}
         scores = {seed: float("nan") if image.score is None else image.score for seed, image in tried.items()}

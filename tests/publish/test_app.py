@@ -1,0 +1,105 @@
+"""The page itself; gradio is an extra. What it shows is tested in `test_session.py`, which needs none."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from dpt_t2i.cli import main
+from dpt_t2i.errors import InputError
+from dpt_t2i.publish.session import Session
+from tests.publish.test_session import HOW, PROMPT, model
+
+
+def test_without_gradio_one_line_says_how_to_get_it():
+    code = (
+        "import sys; sys.modules['gradio'] = None\n"
+        "from dpt_t2i.cli import main; sys.exit(main(['app', '--device', 'cpu']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: dpt app needs gradio: pip install 'dpt-t2i[app]'"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page over a tiny tuned model, its address, and the folder."""
+    pytest.importorskip("gradio")
+    from dpt_t2i.publish.app import build, serve
+
+    folder = tmp_path_factory.mktemp("app")
+    page = build(Session(model(), folder))
+    yield page, serve(page, "127.0.0.1", 0, folder), folder
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def client(page):
+    from gradio_client import Client
+
+    return Client(page[1], verbose=False)
+
+
+CONTROLS = [0.2, 1, 3, 2.0, 0.0, "ddim", "", 32, 32, "relative", "state", 0.0, 1.0]
+
+
+def test_a_prompt_gives_two_pictures_their_files_and_what_speaks_for_them(page, client):
+    folder = page[2]
+    left, right, both, verdict, evidence, curve, files, seed = client.predict(
+        PROMPT, 7, False, "plain base", True, *CONTROLS, api_name="/draw"
+    )
+    drawing = Session(model(), folder / "by_hand").draw(PROMPT, 7, "plain base", HOW)
+    for shown, drawn in ((left, drawing.beside), (right, drawing.steered)):
+        with Image.open(shown) as image:
+            assert image.convert("RGB").tobytes() == drawn.shown(boxes=True).tobytes()
+    assert len(both) == 2 and seed == 7 and "seed **7**" in verdict
+    assert f"{drawing.steered.judgement.score:.3f}" in verdict and f"{drawing.beside.judgement.score:.3f}" in verdict
+    assert [row[0] for row in evidence["data"]] == ["red circle", "blue square"]
+    points = curve["value"] if "value" in curve else curve
+    assert [row[0] for row in points["data"]] == [1, 2, 3]
+    assert [name.rsplit("/", 1)[-1] for name in files] == ["00000_7.png"] * 2
+    assert (folder / "base/images/00000_7.png").is_file() and (folder / "tuned+correct/images/00000_7.png").is_file()
+
+
+def test_a_picture_is_judged(page, client, tmp_path):
+    from gradio_client import handle_file
+
+    picture = Image.new("RGB", (32, 32), "red")
+    picture.save(tmp_path / "red.png")
+    _, verdict, evidence = client.predict(handle_file(tmp_path / "red.png"), PROMPT, 250, 2, api_name="/judge")
+    assert f"**{model().score(picture, PROMPT, 250, 2).score:.3f}**" in verdict
+    assert [row[0] for row in evidence["data"]] == ["red circle", "blue square"]
+
+
+def test_bad_input_reaches_the_page_as_one_line(client):
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError, match="height 33 must be a positive multiple of 4"):
+        client.predict(PROMPT, 7, False, "nothing", True, *CONTROLS[:7], 33, *CONTROLS[8:], api_name="/draw")
+    with pytest.raises(AppError, match="the prompt is empty"):
+        client.predict(" ", 7, False, "nothing", True, *CONTROLS, api_name="/draw")
+    with pytest.raises(AppError, match="there is no picture"):
+        client.predict(None, PROMPT, 250, 2, api_name="/judge")
+
+
+def test_a_taken_port_is_one_line(page, tmp_path, capsys):
+    from dpt_t2i.publish.app import build, serve
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"127.0.0.1:{port}.* another --port, or 0"):
+            serve(build(Session(model(), tmp_path)), "127.0.0.1", port, tmp_path)
+        assert main(["app", "--device", "cpu", "--port", str(port), "--output_dir", str(tmp_path)]) == 2
+    assert f"127.0.0.1:{port}" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_model_without_adapter_has_no_tab_to_judge(tmp_path):
+    pytest.importorskip("gradio")
+    from dpt_t2i.publish.app import build
+
+    told = str(build(Session(model(lora=False, adapter=False), tmp_path)).get_config_file())
+    assert "'Judge'" not in told and "no scores, no correction" in told
