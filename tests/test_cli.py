@@ -20,7 +20,7 @@ from dpt_t2i.errors import InputError, Stopped
 
 COMMANDS = [
     "demo", "probe", "tune", "generate", "score", "import-official", "export", "doctor", "app",
-    "evaluate", "evaluate alignment", "evaluate itm", "evaluate rec",
+    "evaluate", "evaluate alignment", "evaluate itm", "evaluate rec", "evaluate images",
     "scenes", "scenes render", "scenes export",
     "data", "data inspect", "data cache", "data mine", "data perturb", "runs", "runs compare",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ CLASSES: dict[str, type[Section]] = {
     "cache": settings.CacheConfig,
     "mine": settings.MineConfig,
     "perturb": settings.PerturbConfig,
+    "images": settings.ImageScoresConfig,
     "doctor": settings.DoctorConfig,
     "app": settings.AppConfig,
 }

@@ -272,7 +272,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut long flags short
     context_settings=SETTINGS,
 )
-evaluate = typer.Typer(help="Measure alignment, image-text matching or grounding.", context_settings=SETTINGS)
+evaluate = typer.Typer(
+    help="Measure alignment, image-text matching, grounding, or images by outside encoders.", context_settings=SETTINGS
+)
 scenes = typer.Typer(help="The drawn world: look at it, or write it out as a dataset.", context_settings=SETTINGS)
 data = typer.Typer(
     help="Your own pictures and texts: look at them, add hard negatives, encode them once.", context_settings=SETTINGS
@@ -304,6 +306,7 @@ app.add_typer(evaluate, name="evaluate")
 command(evaluate, "alignment", settings.AlignmentConfig, "dpt_t2i.report:evaluate_alignment")
 command(evaluate, "itm", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_itm")
 command(evaluate, "rec", settings.DiscriminationConfig, "dpt_t2i.evaluation.commands:run_rec")
+command(evaluate, "images", settings.ImageScoresConfig, "dpt_t2i.evaluation.image_scores:run_image_scores")
 app.add_typer(scenes, name="scenes")
 app.add_typer(data, name="data")
 command(data, "cache", settings.CacheConfig, "dpt_t2i.training.cached:run_cache")

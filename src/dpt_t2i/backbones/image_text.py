@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,6 +19,8 @@ from torch import Tensor
 from dpt_t2i.backbones.fingerprint import weights_hash
 from dpt_t2i.backbones.loading import BUNDLED, quietly, resolve_device
 from dpt_t2i.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def _bundled(device: torch.device) -> ImageTextEncoder:
     folder = bundled / "image_encoder"
     vision = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     projection = load_file(folder / "text_projection.safetensors")["text_projection.weight"].float().to(device)
-    side = vision.config.image_size
+    side, warn = vision.config.image_size, cut_warning(BUNDLED, tokenizer, tokenizer.model_max_length)
 
     def pixels(image: Image.Image) -> Tensor:
         square = np.asarray(ImageOps.fit(image.convert("RGB"), (side, side)), dtype=np.float32)
@@ -63,6 +66,7 @@ def _bundled(device: torch.device) -> ImageTextEncoder:
 
     @torch.no_grad()
     def texts(captions: Sequence[str]) -> Tensor:
+        warn(captions)
         ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
         eos = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
         states = text(ids).last_hidden_state
@@ -80,13 +84,14 @@ def _from_transformers(name: str, device: torch.device) -> ImageTextEncoder:
         processor, tokenizer = AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except ImportError as error:
         sentencepiece = any(part in str(error).lower() for part in ("sentencepiece", "protobuf"))  # the first SigLIP's
-        mend = 'its tokenizer needs pip install "dpt-t2i[siglip]"' if sentencepiece else _first_line(error)
+        mend = 'its tokenizer needs pip install "dpt-t2i[siglip]"' if sentencepiece else first_line(error)
         raise InputError(f"encoder `{name}` does not load: {mend}") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"encoder `{name}` does not load: {_first_line(error)}") from error
+        raise InputError(f"encoder `{name}` does not load: {first_line(error)}") from error
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise InputError(f"encoder `{name}` does not embed images and texts; give a CLIP or SigLIP folder or hub id")
     limit = model.config.text_config.max_position_embeddings
+    warn = cut_warning(name, tokenizer, limit)
 
     @torch.no_grad()
     def images(pictures: Sequence[Image.Image]) -> Tensor:
@@ -95,6 +100,7 @@ def _from_transformers(name: str, device: torch.device) -> ImageTextEncoder:
 
     @torch.no_grad()
     def texts(captions: Sequence[str]) -> Tensor:
+        warn(captions)
         # SigLIP was trained on padded texts, and asks for padding; to CLIP it makes no difference.
         inputs = tokenizer(list(captions), padding="max_length", truncation=True, max_length=limit, return_tensors="pt")
         return _unit(_pooled(model.get_text_features(**inputs.to(device))))
@@ -105,7 +111,28 @@ def _from_transformers(name: str, device: torch.device) -> ImageTextEncoder:
     )
 
 
-def _first_line(error: Exception) -> str:
+def cut_warning(name: str, tokenizer: Any, limit: int) -> Callable[[Sequence[str]], None]:
+    """For texts before they are encoded: the first that is longer than `limit` tokens is a warning, and no other."""
+    told = False
+
+    def look(texts: Sequence[str]) -> None:
+        nonlocal told
+        if told:
+            return
+        with quietly():  # tokenizers warn of the length in their own words
+            lengths = [len(ids) for ids in tokenizer(list(texts)).input_ids]
+        if max(lengths, default=0) > limit:
+            told = True
+            longest = texts[lengths.index(max(lengths))]
+            logger.warning(
+                "encoder `%s` reads %d tokens of a text; longer ones are cut: `%.60s...`", name, limit, longest
+            )
+
+    return look
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what stands below."""
     return str(error).strip().splitlines()[0]
 
 

@@ -101,7 +101,9 @@ class GenerateConfig(Section):
 
     model: ModelConfig = ModelConfig()
     prompt: tuple[str, ...] = Field((), description="prompt; may be given several times")
-    prompts_file: Path | None = Field(None, description="text file (a prompt a line) or .jsonl with `prompt`")
+    prompts_file: Path | None = Field(
+        None, description="text file (a prompt a line), or .jsonl, .tsv, .csv with `prompt` or `caption`"
+    )
     seeds: str = Field("0", description="`0`, `0,3,7` or `0-3`")
     own_noise: bool = Field(False, description="a seed is another noise for every prompt, not one for all of them")
     height: int | None = Field(None, description="pixels; default: the model's own")
@@ -168,6 +170,28 @@ class DiscriminationConfig(Section):
     eval_batch_size: Positive = Field(32, description="examples at once; never changes a score")
     output_dir: Path = Field(Path("runs/discrimination"), description="evaluation folder")
     seed: int = Field(0, ge=0, description="seed of the noise, shared by an example's positive and negatives")
+
+
+class ImageScoresConfig(Section):
+    """Do generated images go with their prompts? Outside encoders (CLIP, SigLIP, BLIP) score folders, pair by pair."""
+
+    folders: tuple[Path, ...] = Field(
+        (), description="generation folder of `dpt generate`; give each, the one to compare with first"
+    )
+    scorers: tuple[str, ...] = Field(
+        ("bundled",),
+        description="folder or hub id of CLIP, SigLIP or BLIP (image-text retrieval); may be given several times; "
+        "`bundled` knows the drawn world alone",
+    )
+    prompts_file: Path | None = Field(None, description="file of the prompts, which says the category of each")
+    trained_on: tuple[Path, ...] = Field(
+        (), description="data set of the compared runs: warns where a scorer also mined its hard negatives"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    encode_batch_size: Positive = Field(32, description="images in one pass: memory only")
+    bootstrap_draws: Positive = Field(10_000, description="resamples of a confidence interval")
+    output_dir: Path = Field(Path("runs/image_scores"), description="evaluation folder")
+    seed: int = Field(0, ge=0, description="seed of the resampling")
 
 
 class DemoConfig(Section):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from dpt_t2i.config import GenerateConfig
@@ -11,6 +9,7 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.folder import write_shared
 from dpt_t2i.sampling.generate import jobs_of
 from dpt_t2i.sampling.model import load_model
+from dpt_t2i.sampling.prompts_file import read_prompts_file
 from dpt_t2i.sampling.shares import processes
 
 
@@ -60,9 +59,12 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     """The prompts given one by one, then those of the file.
 
     Raises:
-        InputError: file missing, not UTF-8, or a line of a .jsonl without `prompt` (names the line).
+        InputError: as `read_prompts_file`.
     """
-    return [*config.prompt, *(_read_file(config.prompts_file) if config.prompts_file is not None else [])]
+    return [
+        *config.prompt,
+        *(line.text for line in (read_prompts_file(config.prompts_file) if config.prompts_file else ())),
+    ]
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -80,24 +82,3 @@ def parse_seeds(text: str) -> list[int]:
             )
         seeds.extend(range(int(first), int(last) + 1) if dash else [int(first)])
     return list(dict.fromkeys(seeds))
-
-
-def _read_file(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` cuts at characters that JSON may hold
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts file {path} cannot be read: {error}") from error
-    texts = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-    if path.suffix != ".jsonl":
-        return [text for _, text in texts]
-    return [_prompt_of(path, number, text) for number, text in texts]
-
-
-def _prompt_of(path: Path, number: int, text: str) -> str:
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"prompts file {path}, line {number}: no JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise InputError(f"prompts file {path}, line {number}: no text under `prompt`")
-    return str(row["prompt"])

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.contact_sheet import contact_sheet
 from dpt_t2i.sampling.generate import Generated, Job
 from dpt_t2i.sampling.shares import share_of
@@ -86,6 +87,35 @@ def write_generation(
     _write_manifest(folder, ordered)
     _save_png(folder / "contact_sheet.png", contact_sheet(folder, ordered))
     return ordered
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a generation folder's manifest, by prompt and seed.
+
+    Raises:
+        InputError: there is none, a line of it is broken, it lists nothing, or an image of it is not there.
+    """
+    path = folder / MANIFEST
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder} is no generation folder ({error}); give one that `dpt generate` made") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({"prompt_index": int(row["prompt_index"]), "seed": int(row["seed"]), **row})
+            missing = not (folder / str(row["file"])).is_file()
+            complete = isinstance(row["prompt"], str)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}, line {number} is broken ({error}); generate the folder again") from error
+        if missing or not complete:
+            raise InputError(f"{path}, line {number}: no image {row['file']}; run the same `dpt generate` once more")
+    if not rows:
+        raise InputError(f"{path} lists no image; run the same `dpt generate` once more")
+    return sorted(rows, key=lambda row: (row["prompt_index"], row["seed"]))
 
 
 def image_file(job: Job) -> str:

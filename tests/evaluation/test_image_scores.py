@@ -1,0 +1,176 @@
+"""Folders beside folders, with judges made by hand and with the bundled one."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpt_t2i.backbones.pair_scorer import PairScorer
+from dpt_t2i.config import ImageScoresConfig
+from dpt_t2i.errors import InputError
+from dpt_t2i.evaluation import image_scores
+from dpt_t2i.evaluation.image_grid import open_grid, short_names
+from dpt_t2i.evaluation.image_scores import run_image_scores, summarise
+from dpt_t2i.scenes.example import make_example
+from dpt_t2i.scenes.render import render
+
+PROMPTS = ("a red circle", "a blue star", "two stars")
+SEEDS = (3, 4)
+
+
+def write_folder(folder, shade, prompts=PROMPTS, seeds=SEEDS):
+    """A generation folder whose image of prompt p, seed s is grey of shade(p, s)."""
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for p, prompt in enumerate(prompts):
+        for seed in seeds:
+            file = f"images/{p:05d}_{seed}.png"
+            Image.new("L", (4, 4), shade(p, seed)).save(folder / file)
+            rows.append({"file": file, "prompt_index": p, "prompt": prompt, "seed": seed, "arm": "base", "score": None})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    return folder
+
+
+def grey_judge(name="grey"):
+    """Says how bright the picture is, in hundredths, less the length of the prompt in millionths."""
+
+    def score(pictures, texts):
+        assert len(pictures) == len(texts) <= 4
+        bright = torch.tensor([picture.convert("L").getpixel((0, 0)) / 100 for picture in pictures])
+        return {"light": bright, "words": torch.tensor([len(text.split()) / 10 for text in texts])}
+
+    return PairScorer(name, ("light", "words"), {"image_encoder": "0"}, score)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    base = write_folder(tmp_path / "a" / "base", lambda p, s: 10 * p + s)
+    tuned = write_folder(tmp_path / "a" / "tuned", lambda p, s: 10 * p + s + (6 if p else -2))
+    return base, tuned
+
+
+def run(monkeypatch, folders, tmp_path, **settings):
+    monkeypatch.setattr(image_scores, "load_pair_scorer", lambda name, device: grey_judge(name))
+    config = {"folders": folders, "scorers": ("x/grey",), "device": "cpu", "encode_batch_size": 4}
+    return run_image_scores(ImageScoresConfig(output_dir=tmp_path / "out", **config | settings))
+
+
+def test_means_and_paired_differences_by_hand(monkeypatch, folders, tmp_path):
+    result = run(monkeypatch, folders, tmp_path)
+    assert (result["prompts"], result["seeds"], result["categories"]) == (3, [3, 4], {"all": 3})
+    light = result["measures"]["grey:light"]
+    assert light["base"]["mean"] == pytest.approx((3 + 4 + 13 + 14 + 23 + 24) / 600)
+    assert light["tuned"]["mean"] == pytest.approx(light["base"]["mean"] + (-2 + 6 + 6) / 300)
+    (name,) = result["differences"]["grey:light"]
+    difference = result["differences"]["grey:light"][name]
+    assert name == "tuned-base" and difference["mean"] == pytest.approx(10 / 300)
+    assert difference["wins"] == pytest.approx(4 / 6)
+    # of three prompts all resamples are known: from three times -0.02 to three times 0.06
+    assert difference["low"] == pytest.approx(-0.02) and difference["high"] == pytest.approx(0.06)
+    assert result["differences"]["grey:words"]["tuned-base"] == {"mean": 0, "low": 0, "high": 0, "wins": 0.5}
+    stored = json.loads((tmp_path / "out/image_scores.json").read_text())
+    assert stored["measures"] == result["measures"] and stored["folders"]["base"] == str(folders[0])
+    rows = [json.loads(line) for line in (tmp_path / "out/image_scores.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    assert rows[1] == {
+        "folder": "base",
+        "file": "images/00000_4.png",
+        "prompt": "a red circle",
+        "category": "all",
+        "seed": 4,
+        "scores": {"grey:light": pytest.approx(0.04), "grey:words": pytest.approx(0.3)},
+    }
+    assert any("grey:light  tuned-base: +0.0333" in line and "67 % of the images" in line for line in result["summary"])
+
+
+def test_a_category_weighs_as_much_as_another(monkeypatch, folders, tmp_path):
+    (tmp_path / "p.tsv").write_text("Prompt\tCategory\na red circle\tcolour\na blue star\tcolour\ntwo stars\tcount\n")
+    result = run(monkeypatch, folders, tmp_path, prompts_file=tmp_path / "p.tsv")
+    assert result["categories"] == {"colour": 2, "count": 1}
+    base = result["measures"]["grey:light"]["base"]
+    assert base["categories"] == pytest.approx({"colour": 0.085, "count": 0.235})
+    assert base["mean"] == pytest.approx(0.16)
+    assert result["differences"]["grey:light"]["tuned-base"]["mean"] == pytest.approx((0.02 + 0.06) / 2)
+
+
+def test_a_judge_that_prefers_no_prompt_is_named(monkeypatch, folders, tmp_path):
+    result = run(monkeypatch, folders, tmp_path)
+    # `words`: "two stars" has fewer words than the prompt it is asked beside, the others as many or more.
+    others = {0: 1, 1: 2, 2: 0}  # half of three, rounded down, further on
+    expected = np.mean([len(PROMPTS[p].split()) > len(PROMPTS[q].split()) for p, q in others.items()])
+    assert result["measures"]["grey:words"]["base"]["told_apart"] == pytest.approx(expected)
+    assert result["measures"]["grey:light"]["base"]["told_apart"] == 0
+    assert [line.split(" prefers")[0] for line in result["warnings"]] == ["warning: grey:light", "warning: grey:words"]
+    assert set(result["warnings"]) <= set(result["summary"])
+
+
+def test_one_prompt_alone_has_no_control(monkeypatch, tmp_path):
+    only = write_folder(tmp_path / "only", lambda p, s: s, prompts=PROMPTS[:1])
+    result = run(monkeypatch, (only,), tmp_path)
+    assert result["measures"]["grey:light"]["only"]["told_apart"] is None and result["warnings"] == []
+    assert result["differences"] == {"grey:light": {}, "grey:words": {}}
+
+
+def test_the_bundled_judge_prefers_true_pictures(tmp_path):
+    examples = [make_example(n, seed=11, split="val") for n in range(24)]
+    prompts = [e.caption.text for e in examples]
+    true = write_folder(tmp_path / "true", lambda p, s: 0, prompts, (0,))
+    shifted = write_folder(tmp_path / "shifted", lambda p, s: 0, prompts, (0,))
+    for n, example in enumerate(examples):
+        render(example.scene, 64).save(true / f"images/{n:05d}_0.png")
+        render(example.scene, 64).save(shifted / f"images/{(n + 5) % 24:05d}_0.png")
+    result = run_image_scores(ImageScoresConfig(folders=(shifted, true), device="cpu", output_dir=tmp_path / "out"))
+    difference = result["differences"]["bundled:cosine"]["true-shifted"]
+    assert difference["low"] > 0 and difference["wins"] > 0.9
+    told = {name: numbers["told_apart"] for name, numbers in result["measures"]["bundled:cosine"].items()}
+    assert told["true"] > 0.9 > 0.75 > told["shifted"]
+
+
+def test_nan_names_the_image(monkeypatch, folders, tmp_path):
+    broken = PairScorer("x", ("s",), {}, lambda pictures, texts: {"s": torch.full((len(texts),), float("nan"))})
+    monkeypatch.setattr(image_scores, "load_pair_scorer", lambda name, device: broken)
+    with pytest.raises(InputError, match=r"scorer `x`: s of .*base/images/00000_3.png is NaN"):
+        run_image_scores(ImageScoresConfig(folders=folders, device="cpu", output_dir=tmp_path / "out"))
+
+
+def test_folders_that_do_not_pair_are_one_line(folders, tmp_path):
+    fewer = write_folder(tmp_path / "fewer", lambda p, s: 0, seeds=(3,))
+    with pytest.raises(
+        InputError, match="fewer and .*base are not of the same prompts and seeds: `a blue star` with seed 4"
+    ):
+        open_grid((folders[0], fewer))
+    with pytest.raises(InputError, match="nothing to score"):
+        open_grid(())
+    with pytest.raises(InputError, match="given twice"):
+        open_grid((folders[0], folders[0]))
+    with pytest.raises(InputError, match="is no generation folder"):
+        open_grid((tmp_path,))
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    with pytest.raises(InputError, match="does not have `a blue star`, nor 1 others"):
+        open_grid(folders, tmp_path / "p.txt")
+    lines = (folders[1] / "manifest.jsonl").read_text().splitlines()
+    (folders[1] / "manifest.jsonl").write_text("\n".join(lines[1:]))
+    (folders[0] / "manifest.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(InputError, match="not every prompt has every seed"):
+        open_grid(folders)
+
+
+def test_an_image_that_cannot_be_read_is_one_line(monkeypatch, folders, tmp_path):
+    (folders[1] / "images/00001_3.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="cannot read image .*tuned/images/00001_3.png"):
+        run(monkeypatch, folders, tmp_path)
+
+
+def test_the_control_needs_no_other_prompt_in_summaries(folders):
+    grid = open_grid(folders)
+    values = np.zeros((2, *grid.shape))
+    values[1] = np.nan
+    assert summarise(grid, {"m": values}, draws=10)["measures"]["m"]["base"]["told_apart"] is None
+
+
+def test_names_are_as_short_as_tell_them_apart():
+    assert short_names(["runs/a", "runs/b/"]) == ["a", "b"]
+    assert short_names(["runs/x/images", "runs/y/images"]) == ["x/images", "y/images"]
+    assert short_names(["openai/clip"]) == ["clip"]
