@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dpt_t2i.backbones import latents as vae_latents
 from dpt_t2i.backbones.fingerprint import part_hashes, weights_hash
+from dpt_t2i.backbones.first_rows import first_rows
 from dpt_t2i.backbones.flow_noising import FlowNoising
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.noising import Noising
@@ -173,13 +174,43 @@ class PipelineParts(ABC):
         text: TextStates,
         taps: Sequence[Tap] = (),
         pictures: Tensor | None = None,
+        predicted: int | None = None,
     ) -> tuple[Tensor, Features]:
-        """The denoiser's prediction `[B, C, h, w]` float32, and the maps at `taps` of the same pass; `pictures` as in
-        `features`."""
-        with self._shared(pictures, taps):
+        """The denoiser's prediction `[B, C, h, w]` float32, and the maps at `taps` of the same pass.
+
+        Args:
+            pictures: as in `features`.
+            predicted: rows that are predicted, the first ones; the others are read, and go no further than they must.
+        """
+        rows, first = len(noisy), len(noisy) if predicted is None else predicted
+        behind = self._behind(taps) if first < rows else ()
+        if first < rows and not behind:
+            return self._apart(noisy, timesteps, text, taps, pictures, first)
+        with self._shared(pictures, taps), first_rows(self.denoiser, behind, rows, first):
             maps, prediction = read_maps(self.denoiser, taps, self._pass(noisy, timesteps, text), False, _sides(noisy))
         assert prediction is not None
         return prediction.float(), _as_features(maps, noisy, timesteps)
+
+    def _apart(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: TextStates,
+        taps: Sequence[Tap],
+        pictures: Tensor | None,
+        first: int,
+    ) -> tuple[Tensor, Features]:
+        """`predict` by two passes."""
+        timesteps, index = timesteps.expand(len(noisy)), torch.arange(len(noisy), device=noisy.device)
+        (own, told), (rest, asked) = ((part, text.select(index[part])) for part in (slice(first), slice(first, None)))
+        shown = (None, None) if pictures is None else (pictures[own], pictures[rest])
+        prediction, features = self.predict(noisy[own], timesteps[own], told, taps, shown[0])
+        others = self.features(noisy[rest], timesteps[rest], asked, taps, shown[1])
+        return prediction, Features.cat(features, others)
+
+    def _behind(self, taps: Sequence[Tap]) -> tuple[str, ...]:
+        """Modules behind `taps` that may be given fewer rows; none where the family does not know of any."""
+        return ()
 
     def _shared(self, pictures: Tensor | None, taps: Sequence[Tap]) -> AbstractContextManager[None]:
         return shared_rows(self.denoiser, self.text_free, pictures, [tap.module for tap in taps])

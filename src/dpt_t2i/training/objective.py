@@ -29,7 +29,6 @@ from dpt_t2i.training.denoising import (
     noised,
     preferred,
     reference_errors,
-    rows_of,
 )
 from dpt_t2i.training.distill import Teacher
 from dpt_t2i.training.encode import Encoded
@@ -90,7 +89,7 @@ class AtlasObjective(_Stage1):
 
 
 class TuneObjective(nn.Module):
-    """Stage 2: one full pass for the positive, one pass to the tap for the other five; ITM + REC + denoising.
+    """Stage 2: a pass that predicts the positive and, to the tap, reads the other five; ITM + REC + denoising.
 
     Examples with a dropped caption get one more row in the full pass, whose text is empty. With a teacher the example's
     picture goes through the full pass under its two wrong captions too, and all three predictions are held to the
@@ -132,12 +131,17 @@ class TuneObjective(nn.Module):
         more = whole.nonzero()[count:, 0]
         images, texts = plan.images[more], plan.texts[more]
         images, texts = torch.cat([images, twins + count]), torch.cat([texts, batch.hard_caption[twins]])
-        mse, seen = denoising(self.backbone, self.taps, batch, draw, self.denoise, self.cut, (images, texts))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.share > 0):
-            others = _features(self.backbone, self.taps, batch, draw, plan.images[~whole], plan.texts[~whole])
-        read = _stack(rows_of(seen.features, slice(0, count + len(more))), others)
+        rest = plan.images[~whole], plan.texts[~whole]
+        # Of one pass with the others, but where what is done to its gradient is not for them.
+        together = self.cut is None and self.share > 0
+        how = (self.backbone, self.taps, batch, draw)
+        mse, seen, others = denoising(*how, self.denoise, self.cut, (images, texts), rest if together else None)
+        if not together:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.share > 0):
+                others = _features(*how, *rest)
+        read = Features.cat(seen.features.rows(slice(0, count + len(more))), others)
         if not whole[: count + len(more)].all():  # back to the order of the plan
-            read = rows_of(read, torch.cat([whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]]).argsort())
+            read = read.rows(torch.cat([whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]]).argsort())
         terms = discriminate((self.adapter,), _damped(read, self.share), plan, batch, num_boxes, self.loss)
         terms |= {"loss_mse": mse}
         blocks = torch.cat([plan.blocks[whole], torch.full_like(twins, TWIN)])
@@ -167,7 +171,7 @@ class DenoiseObjective(nn.Module):
         twins = own[by_text & batch.has_hard_caption & batch.has_hard_image]
         images = torch.cat([hard, others + count, twins + count])
         texts = torch.cat([batch.hard_caption[hard], batch.caption[others], batch.hard_caption[twins]])
-        mse, seen = denoising(self.backbone, (), batch, draw, self.denoise, self.cut, (images, texts))
+        mse, seen, _ = denoising(self.backbone, (), batch, draw, self.denoise, self.cut, (images, texts))
         parts = ((own, OWN), (hard, HARD_CAPTION), (others, HARD_IMAGE), (twins, TWIN))
         blocks = torch.cat([torch.full_like(rows, block) for rows, block in parts])
         return {"loss_mse": mse} | by_error(self.backbone, batch, draw, seen, blocks, self.denoise, reference)
@@ -206,8 +210,8 @@ def discriminate(
     count, many = len(batch), len(adapters)
     split = len(features) - count
     # A block at a time: as fast on a CPU as all at once, and what a layer needs in passing is a fifth of it.
-    blocks = [rows_of(features, slice(start, min(start + count, split))) for start in range(0, split, count)]
-    asked = rows_of(features, slice(split, None))
+    blocks = [features.rows(slice(start, min(start + count, split))) for start in range(0, split, count)]
+    asked = features.rows(slice(split, None))
     pooled = batch.text.select(plan.texts[:split]).pooled
     found = torch.stack(
         [match_score(torch.cat([adapter.match_embeds(block) for block in blocks]), pooled) for adapter in adapters]
@@ -277,8 +281,3 @@ def _damped(features: Features, share: float) -> Features:
         return features
     maps = {tap: value.detach() + share * (value - value.detach()) for tap, value in features.maps.items()}
     return Features(maps, features.timesteps)
-
-
-def _stack(first: Features, second: Features) -> Features:
-    maps = {tap: torch.cat([first.maps[tap], second.maps[tap]]) for tap in first.maps}
-    return Features(maps, torch.cat([first.timesteps, second.timesteps]))
