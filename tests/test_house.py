@@ -61,6 +61,13 @@ def test_every_dependency_is_pinned_for_the_tests() -> None:
     assert "torch==2.13.0\n" in (ROOT / "constraints.txt").read_text()  # no local part: any index has this wheel
 
 
+def test_every_result_that_is_named_is_there() -> None:
+    texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "src/dpt_t2i/bundled/README.md"]
+    named = {name for path in texts for name in re.findall(r"benchmarks/results/[\w.]+\.json", path.read_text())}
+    assert len(named) > 5
+    assert not sorted(name for name in named if not (ROOT / name).is_file())
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_an_example_config_builds_and_says_how_to_launch(path: Path) -> None:
     first, *rest = path.read_text().splitlines()

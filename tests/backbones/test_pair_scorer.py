@@ -1,7 +1,5 @@
 """Outside judges, each against transformers' own words about one pair at a time."""
 
-import logging
-
 import pytest
 import torch
 from PIL import Image
@@ -55,7 +53,7 @@ def pictures() -> list[Image.Image]:
 def test_blip_gives_the_head_and_the_cosine_of_each_pair(folder):
     scorer = load_pair_scorer(str(folder), "cpu")
     assert scorer.measures == ("itm", "itc") and set(scorer.fingerprint) == {"text_encoder", "image_encoder"}
-    scores = scorer.score(pictures(), TEXTS)
+    scores, other = scorer.score(pictures(), [TEXTS, TEXTS[::-1]])
     model = BlipForImageTextRetrieval.from_pretrained(folder).eval()
     tokenizer, processor = BertTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
     for i, (picture, text) in enumerate(zip(pictures(), TEXTS, strict=True)):
@@ -67,33 +65,32 @@ def test_blip_gives_the_head_and_the_cosine_of_each_pair(folder):
         assert scores["itm"][i].item() == pytest.approx(1 / (1 + torch.tensor(no - yes).exp().item()), rel=1e-4)
         assert scores["itc"][i].item() == pytest.approx(cosine, rel=1e-4, abs=1e-6)
     assert len(set(scores["itm"].tolist())) == 3 and scores["itm"].shape == (3,)
-    again = scorer.score(pictures()[1:2], TEXTS[1:2])  # neighbours in a batch change nothing
+    (again,) = scorer.score(pictures()[1:2], [TEXTS[1:2]])  # neighbours in a batch change nothing
     assert again["itm"].item() == pytest.approx(scores["itm"][1].item(), rel=1e-4)
+    assert other["itc"][1].item() == pytest.approx(scores["itc"][1].item(), rel=1e-4)  # the middle text is the same
+    assert other["itc"][0].item() != pytest.approx(scores["itc"][0].item(), rel=1e-4)
 
 
 def test_the_bundled_pair_gives_the_cosine():
     encoder, scorer = load_image_text("bundled", "cpu"), load_pair_scorer("bundled", "cpu")
-    scores = scorer.score(pictures(), TEXTS)
+    (scores,) = scorer.score(pictures(), [TEXTS])
     assert scorer.measures == ("cosine",) and scorer.fingerprint == encoder.fingerprint
     torch.testing.assert_close(scores["cosine"], (encoder.images(pictures()) @ encoder.texts(TEXTS).T).diagonal())
 
 
-def test_a_text_that_is_cut_is_told_once(folder, caplog):
-    scorer = load_pair_scorer(str(folder), "cpu")
-    caplog.set_level(logging.WARNING, "dpt_t2i")
-    scorer.score(pictures(), TEXTS)
-    assert not caplog.records
-    for _ in range(2):
-        scorer.score(pictures()[:1], ["a red star and " * 6])
-    (record,) = caplog.records
-    assert "reads 12 tokens of a text; longer ones are cut: `a red star and" in record.getMessage()
-    caplog.clear()
-    load_pair_scorer("bundled", "cpu").score(pictures()[:1], ["a red circle and " * 40])
-    assert len([r for r in caplog.records if "longer ones are cut" in r.getMessage()]) == 1
+def test_texts_that_are_not_read_whole_are_known(folder):
+    fits, long = "a red star and a", "a red star and " * 6  # 12 tokens with both ends are read
+    assert load_pair_scorer(str(folder), "cpu").cut([fits, long, *TEXTS[:1]]) == [long]
+    much = "a red circle and " * 40
+    assert load_pair_scorer("bundled", "cpu").cut([much, fits]) == [much]
 
 
 def test_what_scores_no_pairs_is_one_line(folder, tmp_path):
     with pytest.raises(InputError, match=f"scorer `{tmp_path}` does not load"):
+        load_pair_scorer(str(tmp_path), "cpu")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(InputError, match="does not load"):
         load_pair_scorer(str(tmp_path), "cpu")
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
@@ -101,3 +98,15 @@ def test_what_scores_no_pairs_is_one_line(folder, tmp_path):
     BlipModel(blip_config()).save_pretrained(tmp_path)  # the same family without the heads
     with pytest.raises(InputError, match="has no itm_head; give a BLIP for image-text retrieval"):
         load_pair_scorer(str(tmp_path), "cpu")
+
+
+def test_a_model_that_embeds_but_has_not_the_two_towers_is_one_line(folder, monkeypatch, tmp_path):
+    class Embeds(torch.nn.Module):
+        """As BLIP-2: both vectors, and no `text_model`."""
+
+        def get_image_features(self): ...
+        def get_text_features(self): ...
+
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", lambda *_, **__: Embeds())
+    with pytest.raises(InputError, match="does not embed images and texts"):
+        load_image_text(str(folder), "cpu")

@@ -1,6 +1,7 @@
 """Folders beside folders, with judges made by hand and with the bundled one."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from dpt_t2i.backbones.pair_scorer import PairScorer
+from dpt_t2i.cli import main
 from dpt_t2i.config import ImageScoresConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation import image_scores
@@ -15,6 +17,7 @@ from dpt_t2i.evaluation.image_grid import open_grid, short_names
 from dpt_t2i.evaluation.image_scores import run_image_scores, summarise
 from dpt_t2i.scenes.example import make_example
 from dpt_t2i.scenes.render import render
+from tests.e2e.launching import error_lines, launch
 
 PROMPTS = ("a red circle", "a blue star", "two stars")
 SEEDS = (3, 4)
@@ -34,14 +37,14 @@ def write_folder(folder, shade, prompts=PROMPTS, seeds=SEEDS):
 
 
 def grey_judge(name="grey"):
-    """Says how bright the picture is, in hundredths, less the length of the prompt in millionths."""
+    """Two measures: how bright the picture is, in hundredths, and how many words the prompt has, in tenths."""
 
     def score(pictures, texts):
-        assert len(pictures) == len(texts) <= 4
+        assert all(len(pictures) == len(one) <= 4 for one in texts)
         bright = torch.tensor([picture.convert("L").getpixel((0, 0)) / 100 for picture in pictures])
-        return {"light": bright, "words": torch.tensor([len(text.split()) / 10 for text in texts])}
+        return [{"light": bright, "words": torch.tensor([len(t.split()) / 10 for t in one])} for one in texts]
 
-    return PairScorer(name, ("light", "words"), {"image_encoder": "0"}, score)
+    return PairScorer(name, ("light", "words"), {"image_encoder": "0"}, score, lambda texts: [])
 
 
 @pytest.fixture
@@ -97,11 +100,9 @@ def test_a_category_weighs_as_much_as_another(monkeypatch, folders, tmp_path):
 
 def test_a_judge_that_prefers_no_prompt_is_named(monkeypatch, folders, tmp_path):
     result = run(monkeypatch, folders, tmp_path)
-    # `words`: "two stars" has fewer words than the prompt it is asked beside, the others as many or more.
-    others = {0: 1, 1: 2, 2: 0}  # half of three, rounded down, further on
-    expected = np.mean([len(PROMPTS[p].split()) > len(PROMPTS[q].split()) for p, q in others.items()])
-    assert result["measures"]["grey:words"]["base"]["told_apart"] == pytest.approx(expected)
-    assert result["measures"]["grey:light"]["base"]["told_apart"] == 0
+    # `words`, each prompt beside the next: three words and three, three and two, two and three; equal ones count half.
+    assert result["measures"]["grey:words"]["base"]["told_apart"]["mean"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert result["measures"]["grey:light"]["base"]["told_apart"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert [line.split(" prefers")[0] for line in result["warnings"]] == ["warning: grey:light", "warning: grey:words"]
     assert set(result["warnings"]) <= set(result["summary"])
 
@@ -109,7 +110,8 @@ def test_a_judge_that_prefers_no_prompt_is_named(monkeypatch, folders, tmp_path)
 def test_one_prompt_alone_has_no_control(monkeypatch, tmp_path):
     only = write_folder(tmp_path / "only", lambda p, s: s, prompts=PROMPTS[:1])
     result = run(monkeypatch, (only,), tmp_path)
-    assert result["measures"]["grey:light"]["only"]["told_apart"] is None and result["warnings"] == []
+    assert result["measures"]["grey:light"]["only"]["told_apart"] is None
+    assert result["warnings"] == ["warning: one prompt tells no spread, so intervals are too narrow: all"]
     assert result["differences"] == {"grey:light": {}, "grey:words": {}}
 
 
@@ -125,21 +127,26 @@ def test_the_bundled_judge_prefers_true_pictures(tmp_path):
     difference = result["differences"]["bundled:cosine"]["true-shifted"]
     assert difference["low"] > 0 and difference["wins"] > 0.9
     told = {name: numbers["told_apart"] for name, numbers in result["measures"]["bundled:cosine"].items()}
-    assert told["true"] > 0.9 > 0.75 > told["shifted"]
+    assert told["true"]["mean"] > 0.9 > 0.75 > told["shifted"]["mean"] and told["true"]["low"] > 0.5
+    assert result["warnings"] == []  # one folder shows that the judge knows such pictures
+    assert result["scorers"]["bundled"].keys() == {"text_encoder", "image_encoder"}
 
 
 def test_nan_names_the_image(monkeypatch, folders, tmp_path):
-    broken = PairScorer("x", ("s",), {}, lambda pictures, texts: {"s": torch.full((len(texts),), float("nan"))})
-    monkeypatch.setattr(image_scores, "load_pair_scorer", lambda name, device: broken)
-    with pytest.raises(InputError, match=r"scorer `x`: s of .*base/images/00000_3.png is NaN"):
-        run_image_scores(ImageScoresConfig(folders=folders, device="cpu", output_dir=tmp_path / "out"))
+    for values in ((float("nan"), 0.0), (0.0, float("nan"))):  # of the own prompt, and of the other
+
+        def score(pictures, texts, values=values):
+            return [{"s": torch.full((len(one),), value)} for one, value in zip(texts, values, strict=True)]
+
+        broken = PairScorer("x", ("s",), {}, score, lambda texts: [])
+        monkeypatch.setattr(image_scores, "load_pair_scorer", lambda name, device, broken=broken: broken)
+        with pytest.raises(InputError, match=r"scorer `x`: s of .*base/images/00000_3.png is NaN"):
+            run_image_scores(ImageScoresConfig(folders=folders, device="cpu", output_dir=tmp_path / "out"))
 
 
 def test_folders_that_do_not_pair_are_one_line(folders, tmp_path):
     fewer = write_folder(tmp_path / "fewer", lambda p, s: 0, seeds=(3,))
-    with pytest.raises(
-        InputError, match="fewer and .*base are not of the same prompts and seeds: `a blue star` with seed 4"
-    ):
+    with pytest.raises(InputError, match=r"fewer and .*base are not .*: `a blue star` with seed 4 .* only \(3 such\)"):
         open_grid((folders[0], fewer))
     with pytest.raises(InputError, match="nothing to score"):
         open_grid(())
@@ -148,7 +155,7 @@ def test_folders_that_do_not_pair_are_one_line(folders, tmp_path):
     with pytest.raises(InputError, match="is no generation folder"):
         open_grid((tmp_path,))
     (tmp_path / "p.txt").write_text("a red circle\n")
-    with pytest.raises(InputError, match="does not have `a blue star`, nor 1 others"):
+    with pytest.raises(InputError, match=r"does not have `a blue star` \(2 such\)"):
         open_grid(folders, tmp_path / "p.txt")
     lines = (folders[1] / "manifest.jsonl").read_text().splitlines()
     (folders[1] / "manifest.jsonl").write_text("\n".join(lines[1:]))
@@ -174,3 +181,57 @@ def test_names_are_as_short_as_tell_them_apart():
     assert short_names(["runs/a", "runs/b/"]) == ["a", "b"]
     assert short_names(["runs/x/images", "runs/y/images"]) == ["x/images", "y/images"]
     assert short_names(["openai/clip"]) == ["clip"]
+
+
+def test_what_is_counted_otherwise_than_it_looks_is_told(tmp_path):
+    twice = write_folder(tmp_path / "twice", lambda p, s: 0, prompts=(*PROMPTS, PROMPTS[0]))
+    (tmp_path / "p.tsv").write_text(
+        "prompt\ttag\na red circle\tcolour\na blue star\tcolour\ntwo stars\tcount\na blue star\tother\n"
+    )
+    grid = open_grid((twice,), tmp_path / "p.tsv")
+    assert grid.shape == (1, 3, 2) and grid.categories == ("colour", "colour", "count")
+    assert grid.files[0, 0, 0].name == "00000_3.png"
+    assert grid.warnings == (
+        "warning: 1 prompts have two categories, of which the first counts",
+        "warning: 2 images have prompt and seed of an earlier one, and are not counted",
+        "warning: one prompt tells no spread, so intervals are too narrow: count",
+    )
+    (tmp_path / "p.tsv").write_text("prompt\ttag\na red circle\tx\na blue star\t\ntwo stars\tx\n")
+    assert open_grid((twice,), tmp_path / "p.tsv").categories == ("x", "uncategorised", "x")
+
+
+def test_prompts_that_a_scorer_cuts_are_told(monkeypatch, folders, tmp_path):
+    judge = replace(grey_judge(), cut=lambda texts: [text for text in texts if "star" in text])
+    monkeypatch.setattr(image_scores, "load_pair_scorer", lambda name, device: judge)
+    config = ImageScoresConfig(folders=folders, device="cpu", encode_batch_size=4, output_dir=tmp_path / "out")
+    lines = run_image_scores(config)["warnings"]
+    assert lines[0] == "warning: scorer `grey` does not read the end of 2 prompts, such as `a blue star...`"
+
+
+def test_a_scorer_that_mined_the_negatives_is_told(monkeypatch, folders, tmp_path):
+    with pytest.raises(InputError, match="trained_on .*nowhere is no folder"):
+        run(monkeypatch, folders, tmp_path, trained_on=(tmp_path / "nowhere",))
+    header = {"encoder": "grey", "fingerprint": {"image_encoder": "0", "text_encoder": "1"}}
+    monkeypatch.setattr("dpt_t2i.evaluation.miner.read_miner", lambda folder: header)
+    (tmp_path / "data").mkdir()
+    lines = run(monkeypatch, folders, tmp_path, trained_on=(tmp_path / "data",))["warnings"]
+    assert "mined with `grey`, whose image_encoder the scorer `x/grey` uses too" in lines[-1]
+
+
+def test_the_command_on_two_processes_gives_what_one_gives(tmp_path):
+    """The second process meets the broken image, and the run ends with its line."""
+    prompts = [make_example(n, seed=11, split="val").caption.text for n in range(5)]
+    first = write_folder(tmp_path / "first", lambda p, s: 40 * p, prompts)
+    second = write_folder(tmp_path / "second", lambda p, s: 30 * p + s, prompts)
+    flags = ["evaluate", "images", "--folders", str(first), "--folders", str(second), "--device", "cpu"]
+    flags += ["--encode_batch_size", "4", "--bootstrap_draws", "50", "--output_dir"]
+    assert main([*flags, str(tmp_path / "one")]) == 0
+    launch(*flags, tmp_path / "two", processes=2)
+    one, two = (json.loads((tmp_path / name / "image_scores.json").read_text()) for name in ("one", "two"))
+    for measure, folders in one["measures"].items():
+        for name, numbers in folders.items():
+            assert two["measures"][measure][name]["mean"] == pytest.approx(numbers["mean"], abs=1e-5)
+    assert len((tmp_path / "two/image_scores.jsonl").read_text().splitlines()) == 20
+    (second / "images/00004_4.png").write_bytes(b"no picture")
+    (said,) = error_lines(launch(*flags, tmp_path / "three", processes=2, expect=None))
+    assert "cannot read image" in said and "00004_4.png" in said

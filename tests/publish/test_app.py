@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -31,7 +32,7 @@ def page(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("app")
     page = build(Session(model(), folder))
-    yield page, serve(page, "127.0.0.1", 0, folder), folder
+    yield page, serve(page, "127.0.0.1", 0), folder
     page.close()
 
 
@@ -59,8 +60,30 @@ def test_a_prompt_gives_two_pictures_their_files_and_what_speaks_for_them(page, 
     assert [row[0] for row in evidence["data"]] == ["red circle", "blue square"]
     points = curve["value"] if "value" in curve else curve
     assert [row[0] for row in points["data"]] == [1, 2, 3]
-    assert [name.rsplit("/", 1)[-1] for name in files] == ["00000_7.png"] * 2
-    assert (folder / "base/images/00000_7.png").is_file() and (folder / "tuned+correct/images/00000_7.png").is_file()
+    assert [Path(name).name for name in files] == ["base_00000_7.png", "tuned+correct_00000_7.png"]
+    kept = [folder / "base/images/00000_7.png", folder / "tuned+correct/images/00000_7.png"]
+    assert [Path(name).read_bytes() for name in files] == [file.read_bytes() for file in kept]
+
+
+def test_the_folder_itself_is_not_handed_out(page, client):
+    """What was drawn before, by whomever, and whatever else lies there."""
+    import requests
+
+    (page[2] / "secret.txt").write_text("secret")
+    for path in (page[2] / "secret.txt", page[2] / "base/images/00000_7.png"):
+        answer = requests.get(f"{page[1]}gradio_api/file={path}")
+        assert answer.status_code == 403, path
+
+
+def test_no_tunnel_is_opened_and_nothing_recorded(monkeypatch, tmp_path):
+    pytest.importorskip("gradio")
+    from dpt_t2i.publish.app import build, serve
+
+    page, asked = build(Session(model(), tmp_path)), {}
+    monkeypatch.setattr(page, "launch", lambda **how: asked.update(how) or (None, "url", None))
+    assert serve(page, "127.0.0.1", 0) == "url"
+    assert asked["share"] is False and asked["run_history"] is False and asked["server_name"] == "127.0.0.1"
+    assert not asked.get("allowed_paths") and 0 < asked["server_port"] < 2**16
 
 
 def test_a_picture_is_judged(page, client, tmp_path):
@@ -73,15 +96,24 @@ def test_a_picture_is_judged(page, client, tmp_path):
     assert [row[0] for row in evidence["data"]] == ["red circle", "blue square"]
 
 
-def test_bad_input_reaches_the_page_as_one_line(client):
+def test_bad_input_reaches_the_page_as_one_line(client, tmp_path):
+    from gradio_client import handle_file
     from gradio_client.exceptions import AppError
 
     with pytest.raises(AppError, match="height 33 must be a positive multiple of 4"):
         client.predict(PROMPT, 7, False, "nothing", True, *CONTROLS[:7], 33, *CONTROLS[8:], api_name="/draw")
     with pytest.raises(AppError, match="the prompt is empty"):
         client.predict(" ", 7, False, "nothing", True, *CONTROLS, api_name="/draw")
+    with pytest.raises(AppError, match="the seed is empty"):
+        client.predict(PROMPT, None, False, "nothing", True, *CONTROLS, api_name="/draw")
     with pytest.raises(AppError, match="there is no picture"):
         client.predict(None, PROMPT, 250, 2, api_name="/judge")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(AppError, match="none of them may be empty"):
+        client.predict(handle_file(tmp_path / "a.png"), PROMPT, None, 2, api_name="/judge")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(AppError, match="the picture cannot be read"):
+        client.predict(handle_file(tmp_path / "b.png"), PROMPT, 250, 2, api_name="/judge")
 
 
 def test_a_taken_port_is_one_line(page, tmp_path, capsys):
@@ -91,8 +123,10 @@ def test_a_taken_port_is_one_line(page, tmp_path, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"127.0.0.1:{port}.* another --port, or 0"):
-            serve(build(Session(model(), tmp_path)), "127.0.0.1", port, tmp_path)
+        with pytest.raises(InputError, match=f"127.0.0.1:{port}.* another --host or --port"):
+            serve(build(Session(model(), tmp_path)), "127.0.0.1", port)
+        with pytest.raises(InputError, match="nothing can listen on 192.0.2.1:0"):  # of nobody: RFC 5737
+            serve(build(Session(model(), tmp_path)), "192.0.2.1", 0)
         assert main(["app", "--device", "cpu", "--port", str(port), "--output_dir", str(tmp_path)]) == 2
     assert f"127.0.0.1:{port}" in capsys.readouterr().err.strip().splitlines()[-1]
 

@@ -102,6 +102,12 @@ def test_a_search_keeps_its_best_and_has_no_curve(tmp_path):
     assert same(drawing.steered.image, ours.model.generate(PROMPT, 1, best_of=2, **HOW)[0])
 
 
+def test_progress_counts_candidates_that_are_drawn_at_once(tmp_path):
+    told: list[tuple[float, str]] = []
+    session(tmp_path).draw(PROMPT, 1, "plain base", HOW | {"best_of": 2, "correct": 0.0}, lambda *w: told.append(w))
+    assert [share for share, _ in told] == pytest.approx([0, 1 / 9, 2 / 9, 3 / 9, 3 / 9, 5 / 9, 7 / 9, 1])
+
+
 def test_progress_counts_the_steps_of_all_passes(tmp_path):
     told: list[tuple[float, str]] = []
     session(tmp_path).draw(PROMPT, 1, "plain base", HOW | {"best_of": 2}, lambda *what: told.append(what))
@@ -136,6 +142,18 @@ def test_the_stored_correction_is_where_the_page_starts(tmp_path):
     stored = {"correct": 0.07, "correction_rule": "relative", "correction_end": 0.5}
     ours.model.adapter.origin = AdapterOrigin(ours.model.backbone.fingerprint(), {"correction": stored})
     assert ours.stored_correction == CorrectionConfig(**stored)
+    # What the page has no field for is drawn as stored too; a field of the page stands before it.
+    every = stored | {"correction_every": 2}
+    ours.model.adapter.origin = AdapterOrigin(ours.model.backbone.fingerprint(), {"correction": every})
+    drawn = ours.draw(PROMPT, 1, "nothing", {"steps": 4, "correct": 0.2, "correction_end": 1.0})
+    used = read_parameters(drawn.steered.file)["settings"]["correction"]
+    assert (used["correct"], used["correction_every"], used["correction_end"]) == (0.2, 2, 1.0)
+    assert used["correction_rule"] == "relative" and [step for step, _ in drawn.curve] == [1, 3]
+    plain = ours.draw(PROMPT, 1, "nothing", {"steps": 1, "correct": 0.0}).steered.file
+    assert read_parameters(plain)["settings"]["correction"]["correct"] == 0
+    ours.model.adapter.origin = AdapterOrigin(ours.model.backbone.fingerprint(), {"correction": {"corect": 1}})
+    with pytest.raises(InputError, match="corect"):
+        _ = ours.stored_correction
     assert dpt_t2i.load("bundled", device="cpu").adapter.origin.metadata["correction"]["correct"] > 0
 
 
@@ -146,6 +164,7 @@ def test_the_stored_correction_is_where_the_page_starts(tmp_path):
         ("a star", {"steps": 0}, "steps"),
         ("a star", {"height": 33}, "height 33 must be a positive multiple of 4"),
         ("a star", {"stepz": 2}, "did you mean `steps`"),
+        ("a star", {"width": 132}, "width 132 is too large here; give at most 128"),
     ],
 )
 def test_bad_input_is_one_line_and_the_model_stays_whole(tmp_path, prompt, settings, said):
@@ -154,6 +173,17 @@ def test_bad_input_is_one_line_and_the_model_stays_whole(tmp_path, prompt, setti
         ours.draw(prompt, 0, "plain base", {"steps": 1} | settings)
     tuned = ours.draw("a star", 0, "tuned alone", {"steps": 1})  # the LoRA is on again, the lock open
     assert same(tuned.steered.image, tuned.beside.image) and lora_parameters(ours.model.backbone)
+
+
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
+    ours = session(tmp_path)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ours.model, "run", full)
+    with pytest.raises(InputError, match="not enough memory"):
+        ours.draw("a star", 0, "plain base", {"steps": 1})
 
 
 def test_two_threads_do_not_draw_into_each_other(tmp_path):

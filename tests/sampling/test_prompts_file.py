@@ -26,8 +26,9 @@ def test_the_benchmarks_own_files(tmp_path):
         PromptLine('"G I G" on a wall', "Illustrations"),
         PromptLine("bond", "Abstract"),
     ]
-    nss = "index\tcategory\tcoco_img_id\tcaption\r\n0\tnumerical\t8665\tOne bird.\r\n"
-    assert read(tmp_path, "n.tsv", nss) == [PromptLine("One bird.", "numerical")]
+    nss = "index\tcategory\tcoco_img_id\tcaption\r\n0\tnumerical \t8665\tOne bird.\r\n"
+    assert read(tmp_path, "n.TSV", nss) == [PromptLine("One bird.", "numerical")]
+    assert read(tmp_path, "z.jsonl", '{"text": "a bus", "category": 0}\n') == [PromptLine("a bus", "0")]
     assert read(tmp_path, "t.csv", 'category,prompt\ncolors,"a red, round bus"\n,a bus\n') == [
         PromptLine("a red, round bus", "colors"),
         PromptLine("a bus"),
@@ -41,7 +42,13 @@ def test_the_benchmarks_own_files(tmp_path):
         ("a.jsonl", '\n{"prompt": 3}', "line 2: no text under `prompt`"),
         ("a.jsonl", '["a star"]', "line 1: no object with `prompt`"),
         ("a.tsv", "id\tkind\n1\tx\n", "no column is called prompt, caption, text; there are id, kind"),
-        ("a.tsv", "", "no column is called"),
+        ("a.tsv", "", "no column is called .* there are none"),
+        ("a.json", '[{"prompt": "a star"}]', "give .jsonl|as .jsonl"),
+        ("a.csv", "prompt\na red, round bus\n", "line 2: 2 cells in 1 columns; in a .csv a text with a comma"),
+        ("a.csv", 'prompt,tag\n"a red bus,x\na star,y\n', "line 4: unexpected end of data"),
+        ("a.csv", 'prompt\n"a" b\n', "line 2: "),
+        ("a.csv", "prompt\n" + "a" * 200_000, "line 2: field larger"),
+        ("a.csv", "prompt,Prompt\na,b\n", "two columns are called prompt"),
         ("a.tsv", "prompt\tkind\na star\tx\n \ty\n", "line 3: no text under `prompt`"),
     ],
 )

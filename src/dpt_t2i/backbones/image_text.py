@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from dpt_t2i.backbones.fingerprint import weights_hash
 from dpt_t2i.backbones.loading import BUNDLED, quietly, resolve_device
 from dpt_t2i.errors import InputError
 
-logger = logging.getLogger(__name__)
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)  # what broken model folders end in
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class ImageTextEncoder:
     fingerprint: Mapping[str, str]  # part -> hash of its weights; `text_encoder` where a T2I model may share it
     images: Callable[[Sequence[Image.Image]], Tensor]  # RGB, any size -> [B, D] float32 on the CPU
     texts: Callable[[Sequence[str]], Tensor]  # -> [B, D] float32 on the CPU
+    cut: Callable[[Sequence[str]], list[str]]  # those of some texts that are too long to be read whole
 
 
 def load_image_text(name_or_path: str = BUNDLED, device: str = "auto") -> ImageTextEncoder:
@@ -54,7 +55,7 @@ def _bundled(device: torch.device) -> ImageTextEncoder:
     folder = bundled / "image_encoder"
     vision = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     projection = load_file(folder / "text_projection.safetensors")["text_projection.weight"].float().to(device)
-    side, warn = vision.config.image_size, cut_warning(BUNDLED, tokenizer, tokenizer.model_max_length)
+    side = vision.config.image_size
 
     def pixels(image: Image.Image) -> Tensor:
         square = np.asarray(ImageOps.fit(image.convert("RGB"), (side, side)), dtype=np.float32)
@@ -66,14 +67,13 @@ def _bundled(device: torch.device) -> ImageTextEncoder:
 
     @torch.no_grad()
     def texts(captions: Sequence[str]) -> Tensor:
-        warn(captions)
         ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
         eos = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
         states = text(ids).last_hidden_state
         return _unit(states[torch.arange(len(ids), device=device), eos] @ projection.T)
 
     hashes = {"text_encoder": weights_hash(text), "image_encoder": weights_hash(vision)}
-    return ImageTextEncoder(BUNDLED, hashes, images, texts)
+    return ImageTextEncoder(BUNDLED, hashes, images, texts, cut_by(tokenizer, tokenizer.model_max_length))
 
 
 def _from_transformers(name: str, device: torch.device) -> ImageTextEncoder:
@@ -86,12 +86,12 @@ def _from_transformers(name: str, device: torch.device) -> ImageTextEncoder:
         sentencepiece = any(part in str(error).lower() for part in ("sentencepiece", "protobuf"))  # the first SigLIP's
         mend = 'its tokenizer needs pip install "dpt-t2i[siglip]"' if sentencepiece else first_line(error)
         raise InputError(f"encoder `{name}` does not load: {mend}") from error
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"encoder `{name}` does not load: {first_line(error)}") from error
-    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+    parts = ("get_image_features", "get_text_features", "vision_model", "text_model")
+    if not all(hasattr(model, part) for part in parts):
         raise InputError(f"encoder `{name}` does not embed images and texts; give a CLIP or SigLIP folder or hub id")
     limit = model.config.text_config.max_position_embeddings
-    warn = cut_warning(name, tokenizer, limit)
 
     @torch.no_grad()
     def images(pictures: Sequence[Image.Image]) -> Tensor:
@@ -100,40 +100,28 @@ def _from_transformers(name: str, device: torch.device) -> ImageTextEncoder:
 
     @torch.no_grad()
     def texts(captions: Sequence[str]) -> Tensor:
-        warn(captions)
         # SigLIP was trained on padded texts, and asks for padding; to CLIP it makes no difference.
         inputs = tokenizer(list(captions), padding="max_length", truncation=True, max_length=limit, return_tensors="pt")
         return _unit(_pooled(model.get_text_features(**inputs.to(device))))
 
     hashes = {part: weights_hash(getattr(model, part)) for part in ("text_model", "vision_model")}
-    return ImageTextEncoder(
-        name, {"text_encoder": hashes["text_model"], "image_encoder": hashes["vision_model"]}, images, texts
-    )
+    fingerprint = {"text_encoder": hashes["text_model"], "image_encoder": hashes["vision_model"]}
+    return ImageTextEncoder(name, fingerprint, images, texts, cut_by(tokenizer, limit))
 
 
-def cut_warning(name: str, tokenizer: Any, limit: int) -> Callable[[Sequence[str]], None]:
-    """For texts before they are encoded: the first that is longer than `limit` tokens is a warning, and no other."""
-    told = False
+def cut_by(tokenizer: Any, limit: int) -> Callable[[Sequence[str]], list[str]]:
+    """Which of some texts are longer than `limit` tokens, so that their ends are not read."""
 
-    def look(texts: Sequence[str]) -> None:
-        nonlocal told
-        if told:
-            return
+    def cut(texts: Sequence[str]) -> list[str]:
         with quietly():  # tokenizers warn of the length in their own words
-            lengths = [len(ids) for ids in tokenizer(list(texts)).input_ids]
-        if max(lengths, default=0) > limit:
-            told = True
-            longest = texts[lengths.index(max(lengths))]
-            logger.warning(
-                "encoder `%s` reads %d tokens of a text; longer ones are cut: `%.60s...`", name, limit, longest
-            )
+            return [text for text in texts if len(tokenizer(text).input_ids) > limit]
 
-    return look
+    return cut
 
 
 def first_line(error: Exception) -> str:
     """What an error says, without what stands below."""
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _pooled(output: Any) -> Tensor:

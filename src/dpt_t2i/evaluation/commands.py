@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from PIL import Image
 
 from dpt_t2i.backbones.fingerprint import part_hashes
 from dpt_t2i.config import AlignmentConfig, DiscriminationConfig, ModelConfig, ScoreConfig
@@ -22,6 +21,7 @@ from dpt_t2i.evaluation.miner import miner_warnings
 from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
 from dpt_t2i.evaluation.rec import rec_oracle, rec_ranks, rec_summary
 from dpt_t2i.sampling.annotate import annotate
+from dpt_t2i.sampling.images import open_image
 from dpt_t2i.sampling.model import T2IModel, load_model
 from dpt_t2i.sampling.scoring import MatchScorer
 from dpt_t2i.sampling.shares import gathered, processes, share_of
@@ -33,7 +33,7 @@ def run_score(config: ScoreConfig, image: Path, prompt: str) -> dict[str, Any]:
     Raises:
         InputError: the picture cannot be read, there is no adapter, or the prompt is empty.
     """
-    picture = _open_image(image)
+    picture = open_image(image)
     judged = _open(config.model).score(picture, prompt, config.score_timestep, config.score_draws, config.seed)
     annotated = config.output_dir / f"{image.stem}_annotated.png"
     result = {
@@ -162,14 +162,6 @@ def _origin(config: DiscriminationConfig, examples: int) -> dict[str, Any]:
         "command": command_line(),
         "versions": versions(),
     }
-
-
-def _open_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read image {path}: {error}; give a PNG or JPEG file") from error
 
 
 def _lines(summary: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:

@@ -11,7 +11,8 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.folder import read_manifest
 from dpt_t2i.sampling.prompts_file import read_prompts_file
 
-ALL = "all"  # the category of prompts that have none
+ALL = "all"  # the category where no file tells any
+UNCATEGORISED = "uncategorised"  # of a prompt whose file tells those of others
 Cell = tuple[int, int, int]  # folder, prompt, seed, each by its place
 
 
@@ -25,6 +26,7 @@ class Grid:
     seeds: tuple[int, ...]  # S
     categories: tuple[str, ...]  # P
     files: Mapping[Cell, Path]  # of the images
+    warnings: tuple[str, ...] = ()  # what was counted otherwise than it may look
 
     @property
     def shape(self) -> Cell:
@@ -50,7 +52,7 @@ def open_grid(folders: Sequence[Path], prompts_file: Path | None = None) -> Grid
             prompt, seed = sorted(different)[0]
             raise InputError(
                 f"{folder} and {folders[0]} are not of the same prompts and seeds: `{prompt}` with seed {seed} is in "
-                f"one of them only, as are {len(different) - 1} more; generate both with the same prompts and seeds"
+                f"one of them only ({len(different)} such); generate both with the same prompts and seeds"
             )
     prompts = tuple(dict.fromkeys(prompt for prompt, _ in first))
     seeds = tuple(sorted({seed for _, seed in first}))
@@ -63,7 +65,12 @@ def open_grid(folders: Sequence[Path], prompts_file: Path | None = None) -> Grid
         for s, seed in enumerate(seeds)
     }
     names = tuple(short_names([str(folder) for folder in folders]))
-    return Grid(names, tuple(folders), prompts, seeds, _categories(prompts, prompts_file), files)
+    categories, warnings = _categories(prompts, prompts_file)
+    if twice := len(manifests[0]) - len(first):
+        warnings.append(f"warning: {twice} images have prompt and seed of an earlier one, and are not counted")
+    if single := [name for name in dict.fromkeys(categories) if categories.count(name) == 1]:
+        warnings.append(f"warning: one prompt tells no spread, so intervals are too narrow: {', '.join(single)}")
+    return Grid(names, tuple(folders), prompts, seeds, categories, files, tuple(warnings))
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], str]:
@@ -74,14 +81,22 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], str]:
     return cells
 
 
-def _categories(prompts: Sequence[str], prompts_file: Path | None) -> tuple[str, ...]:
+def _categories(prompts: Sequence[str], prompts_file: Path | None) -> tuple[tuple[str, ...], list[str]]:
+    """Of each prompt, and what there is to say of it."""
     if prompts_file is None:
-        return (ALL,) * len(prompts)
-    known = {line.text: line.category or ALL for line in read_prompts_file(prompts_file)}
-    missing = [prompt for prompt in prompts if prompt not in known]
-    if missing:
-        raise InputError(f"prompts file {prompts_file} does not have `{missing[0]}`, nor {len(missing) - 1} others")
-    return tuple(known[prompt] for prompt in prompts)
+        return (ALL,) * len(prompts), []
+    known: dict[str, str] = {}
+    double: dict[str, None] = {}
+    for line in read_prompts_file(prompts_file):
+        category = line.category or UNCATEGORISED
+        if known.setdefault(line.text, category) != category:
+            double[line.text] = None
+    if missing := [prompt for prompt in prompts if prompt not in known]:
+        raise InputError(f"prompts file {prompts_file} does not have `{missing[0]}` ({len(missing)} such)")
+    if set(known.values()) == {UNCATEGORISED}:
+        known = dict.fromkeys(known, ALL)
+    warnings = [f"warning: {len(double)} prompts have two categories, of which the first counts"] if double else []
+    return tuple(known[prompt] for prompt in prompts), warnings
 
 
 def short_names(names: Sequence[str]) -> list[str]:

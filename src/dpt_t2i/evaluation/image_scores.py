@@ -10,39 +10,42 @@ also scored with another of the prompts, and a judge that does not prefer the ow
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from dpt_t2i.backbones.pair_scorer import PairScorer, load_pair_scorer
 from dpt_t2i.config import ImageScoresConfig
 from dpt_t2i.errors import InputError
-from dpt_t2i.evaluation.image_grid import Cell, Grid, open_grid, short_names
+from dpt_t2i.evaluation.image_grid import ALL, Cell, Grid, open_grid, short_names
 from dpt_t2i.evaluation.miner import miner_warnings
 from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
 from dpt_t2i.evaluation.statistics import bootstrap_mean, category_means, paired_difference
+from dpt_t2i.sampling.images import open_image
 from dpt_t2i.sampling.shares import gathered, processes, share_of
 
-logger = logging.getLogger(__name__)
+Scores = NDArray[np.float64]
 
 
 def run_image_scores(config: ImageScoresConfig) -> dict[str, Any]:
-    """Score and compare; a summary too. {} on any process but the main one.
+    """Score and compare; an empty summary on any process but the main one.
 
     Raises:
         InputError: no folder, one that is no generation folder, folders of other prompts or seeds, a scorer that does
-            not load, a prompt that the prompts file does not have, or an image that cannot be read.
+            not load, a prompt that the prompts file does not have, a data set that is not there, or an image that
+            cannot be read.
     """
     state = processes(config.device)
     grid = open_grid(config.folders, config.prompts_file)
+    for data in config.trained_on:
+        if not data.is_dir():
+            raise InputError(f"trained_on {data} is no folder; give the imagefolder that the run was trained on")
     scorers = [load_pair_scorer(name, config.device) for name in dict.fromkeys(config.scorers)]
     if not scorers:
         raise InputError("nothing scores the images; give --scorers, for instance openai/clip-vit-large-patch14")
@@ -52,16 +55,13 @@ def run_image_scores(config: ImageScoresConfig) -> dict[str, Any]:
             scores[f"{label}:{measure}"] = values
     if not state.is_main_process:
         return {"summary": []}
-    warnings = [
-        line
-        for data in config.trained_on
-        for scorer in scorers
-        for line in miner_warnings(data, scorer.fingerprint, f"scorer `{scorer.name}`")
-    ]
     result = summarise(grid, scores, config.bootstrap_draws, config.seed)
-    warnings += _blind(result["measures"])
+    warnings = [*grid.warnings, *_cut(grid, scorers), *_blind(result["measures"])]
+    for data, scorer in product(config.trained_on, scorers):
+        warnings += miner_warnings(data, scorer.fingerprint, f"scorer `{scorer.name}`")
     result |= {
         "warnings": warnings,
+        "scorers": {scorer.name: dict(scorer.fingerprint) for scorer in scorers},
         "settings": config.model_dump(mode="json"),
         "command": command_line(),
         "versions": versions(),
@@ -71,9 +71,7 @@ def run_image_scores(config: ImageScoresConfig) -> dict[str, Any]:
     return result | {"summary": [*_lines(result), *warnings]}
 
 
-def summarise(
-    grid: Grid, scores: Mapping[str, NDArray[np.float64]], draws: int = 10_000, seed: int = 0
-) -> dict[str, Any]:
+def summarise(grid: Grid, scores: Mapping[str, Scores], draws: int = 10_000, seed: int = 0) -> dict[str, Any]:
     """Numbers, plain JSON.
 
     Args:
@@ -82,8 +80,8 @@ def summarise(
     Returns:
         prompts, seeds, categories: how many, which, prompts in each.
         measures: measure -> folder -> `mean low high` (mean of the categories; 95 %, bootstrap over prompts),
-            `categories`, and `told_apart` (share of images that score higher with their own prompt; chance 0.5), None
-            where there is one prompt.
+            `categories`, and `told_apart`: the same three of the share of images that score higher with their own
+            prompt than with another one, equal scores half (chance 0.5); None where there is one prompt.
         differences: measure -> `LATER-EARLIER` -> `mean low high` of the paired difference, and `wins`: the share of
             images whose score is higher in the first-named folder, equal ones half.
     """
@@ -93,13 +91,16 @@ def summarise(
     for measure, (own, other) in scores.items():
         measures[measure] = {
             name: asdict(bootstrap_mean(own[f], categories, draws, seed))
-            | {"categories": category_means(own[f], categories), "told_apart": _told_apart(own[f], other[f])}
+            | {
+                "categories": category_means(own[f], categories),
+                "told_apart": _told_apart(own[f], other[f], draws, seed),
+            }
             for f, name in enumerate(grid.names)
         }
         pairs = [(later, earlier) for earlier in range(len(own)) for later in range(earlier + 1, len(own))]
         differences[measure] = {
             f"{grid.names[a]}-{grid.names[b]}": asdict(paired_difference(own[a], own[b], categories, draws, seed))
-            | {"wins": float(np.mean((own[a] > own[b]) + 0.5 * (own[a] == own[b])))}
+            | {"wins": float(_higher(own[a], own[b]).mean())}
             for a, b in pairs
         }
     return {
@@ -112,57 +113,69 @@ def summarise(
     }
 
 
-def _score(grid: Grid, scorer: PairScorer, batch: int, state: PartialState) -> dict[str, NDArray[np.float64]]:
+def _score(grid: Grid, scorer: PairScorer, batch: int, state: PartialState) -> dict[str, Scores]:
     """Measure -> `[2, F, P, S]`, all of it on every process; each process scores a part of the images."""
     cells, count = list(grid.files), len(grid.prompts)
     mine = [cells[i] for i in share_of(len(cells), state)]
-    found: list[tuple[Cell, dict[str, tuple[float, float]]]] = []
+    found: list[tuple[Cell, dict[str, tuple[float, ...]]]] = []
     for start in tqdm(range(0, len(mine), batch), desc=scorer.name, unit="batch", disable=not state.is_main_process):
         part = mine[start : start + batch]
-        pictures = [_open(grid.files[cell]) for cell in part]
-        own = scorer.score(pictures, [grid.prompts[p] for _, p, _ in part])
-        # Half the list away: neighbours may be pairs that differ in a word, which is another question.
-        other = scorer.score(pictures, [grid.prompts[(p + count // 2) % count] for _, p, _ in part])
+        pictures = [open_image(grid.files[cell]) for cell in part]
+        texts = [[grid.prompts[p] for _, p, _ in part]]
+        if count > 1:  # half the list away: neighbours may be pairs that differ in a word, which is another question
+            texts.append([grid.prompts[(p + count // 2) % count] for _, p, _ in part])
+        told = scorer.score(pictures, texts)
         for i, cell in enumerate(part):
-            pair = {m: (float(own[m][i]), float(other[m][i]) if count > 1 else np.nan) for m in scorer.measures}
-            found.append((cell, pair))
+            found.append((cell, {m: tuple(float(scores[m][i]) for scores in told) for m in scorer.measures}))
     values = {measure: np.full((2, *grid.shape), np.nan) for measure in scorer.measures}
     for cell, pair in gathered(found, state):
         for measure, both in pair.items():
-            values[measure][:, *cell] = both
+            values[measure][: len(both), *cell] = both
     for measure, table in values.items():
-        if bad := [file for cell, file in grid.files.items() if not np.isfinite(table[0][cell])]:
+        asked = table[: min(count, 2)]
+        if bad := [file for cell, file in grid.files.items() if not np.isfinite(asked[:, *cell]).all()]:
             raise InputError(f"scorer `{scorer.name}`: {measure} of {bad[0]} is NaN")
     return values
 
 
-def _told_apart(own: NDArray[np.float64], other: NDArray[np.float64]) -> float | None:
-    known = np.isfinite(other)
-    return float(np.mean(own[known] > other[known])) if known.any() else None
+def _told_apart(own: Scores, other: Scores, draws: int, seed: int) -> dict[str, float] | None:
+    """The control: the judge's own accuracy at choosing between two prompts."""
+    if np.isnan(other).any():
+        return None
+    return asdict(bootstrap_mean(_higher(own, other), [ALL] * len(own), draws, seed))
+
+
+def _higher(first: Scores, second: Scores) -> Scores:
+    higher: Scores = (first > second) + 0.5 * (first == second)
+    return higher
+
+
+def _cut(grid: Grid, scorers: Sequence[PairScorer]) -> list[str]:
+    """A warning for each scorer that does not read the end of some prompts."""
+    found = [(scorer.name, scorer.cut(grid.prompts)) for scorer in scorers]
+    return [
+        f"warning: scorer `{name}` does not read the end of {len(cut)} prompts, such as `{cut[0]:.60}...`"
+        for name, cut in found
+        if cut
+    ]
 
 
 def _blind(measures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A warning for each measure that cannot tell these prompts apart on any folder's images."""
+    """A warning for each measure that was not seen to tell these prompts apart, on any folder's images."""
     lines = []
     for measure, folders in measures.items():
-        shares = [numbers["told_apart"] for numbers in folders.values() if numbers["told_apart"] is not None]
-        if shares and max(shares) < 0.6:
+        told = [numbers["told_apart"] for numbers in folders.values() if numbers["told_apart"] is not None]
+        if told and max(share["low"] for share in told) <= 0.5:
+            best = max(share["mean"] for share in told)
             lines.append(
-                f"warning: {measure} prefers the own prompt of an image to another one in {100 * max(shares):.0f} % of "
-                "cases at best (chance 50): it does not know such pictures, and its figures say nothing"
+                f"warning: {measure} prefers the own prompt of an image to another one in {100 * best:.0f} % of cases "
+                "at best, which may be chance (50): it does not know such pictures, they do not show their prompts, or "
+                "they are too few; its figures say nothing"
             )
     return lines
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"cannot read image {path}: {error}; run the same `dpt generate` once more") from error
-
-
-def _rows(grid: Grid, scores: Mapping[str, NDArray[np.float64]]) -> Iterator[dict[str, Any]]:
+def _rows(grid: Grid, scores: Mapping[str, Scores]) -> Iterator[dict[str, Any]]:
     for (f, p, s), file in grid.files.items():
         yield {
             "folder": grid.names[f],
@@ -179,7 +192,7 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
     for measure, folders in result["measures"].items():
         for name, numbers in folders.items():
             told = numbers["told_apart"]
-            control = "" if told is None else f"; own prompt preferred to another: {100 * told:.0f} %"
+            control = "" if told is None else f"; own prompt preferred to another: {100 * told['mean']:.0f} %"
             lines.append(
                 f"{measure}  {name}: {numbers['mean']:.4f} [{numbers['low']:.4f}, {numbers['high']:.4f}]{control}"
             )

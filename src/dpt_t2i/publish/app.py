@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import socket
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from dpt_t2i.config import AppConfig, SampleConfig
 from dpt_t2i.errors import InputError
@@ -25,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 TITLE = "dpt-t2i: does the picture obey the prompt?"
 EVIDENCE = ["phrase", "confidence", "score alone"]
+KEPT = 3600  # seconds that gradio keeps a drawing for the page; the files in the output folder stay
 SEEN = ["download", "fullscreen"]  # what a picture may be asked for
 CURVE = ["step", "matching score"]
 EXAMPLES = ("a red circle left of a blue square", "exactly three green triangles", "a small yellow cross and a circle")
@@ -47,7 +53,7 @@ def run_app(config: AppConfig) -> dict[str, Any]:
     )
     config.output_dir.mkdir(parents=True, exist_ok=True)
     page = build(Session(model, config.output_dir))
-    url = serve(page, config.host, config.port, config.output_dir)
+    url = serve(page, config.host, config.port)
     logger.info("open %s in a browser; Ctrl-C ends it", url)
     try:
         page.block_thread()
@@ -56,30 +62,43 @@ def run_app(config: AppConfig) -> dict[str, Any]:
     return {"url": url, "output_dir": str(config.output_dir)}
 
 
-def serve(page: gr.Blocks, host: str, port: int, folder: Path) -> str:
+def serve(page: gr.Blocks, host: str, port: int) -> str:
     """Start the page in the background; its address.
 
     Args:
         port: 0 = any that is free.
-        folder: whose files may be fetched from the page.
 
     Raises:
-        InputError: the port is taken, or the host is none of this machine's.
+        InputError: the port is taken, the host is none of this machine's, or gradio cannot start.
     """
+    port = _free_port(host, port)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         _, url, _ = page.launch(
             server_name=host,
-            server_port=port or None,
+            server_port=port,
+            share=False,  # else gradio opens a tunnel by itself on some machines
+            run_history=False,
             prevent_thread_lock=True,
             quiet=True,
-            allowed_paths=[str(folder.resolve())],
             theme=theme,  # gradio's own fetches its letters from the net
             footer_links=[],
         )
-    except OSError as error:
-        raise InputError(f"nothing can listen on {host}:{port} ({error}); give another --port, or 0 for any") from error
+    except Exception as error:  # gradio and what it asks itself over HTTP raise whatever they like
+        raise InputError(f"the page does not start on {host}:{port}: {error}; behind a proxy set NO_PROXY") from error
     return str(url)
+
+
+def _free_port(host: str, port: int) -> int:
+    """`port`, or one that is free. Raises `InputError` where nothing can listen there."""
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise InputError(f"nothing can listen on {host}:{port} ({error}); give another --host or --port") from error
 
 
 def build(session: Session) -> gr.Blocks:
@@ -89,7 +108,7 @@ def build(session: Session) -> gr.Blocks:
     parts += (
         "none: no scores, no correction" if model.adapter is None else f"at `{'`, `'.join(model.adapter.tap_channels)}`"
     )
-    with gr.Blocks(title="dpt-t2i", analytics_enabled=False) as page:
+    with gr.Blocks(title="dpt-t2i", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
         gr.Markdown(f"## {TITLE}\n{parts}")
         with gr.Tab("Draw"):
             _draw_tab(session)
@@ -128,7 +147,8 @@ def _draw_tab(session: Session) -> None:
             evidence = gr.Dataframe(headers=EVIDENCE, label="Evidence, as asked", visible=judged, interactive=False)
             curve = gr.LinePlot(x=CURVE[0], y=CURVE[1], label="Score before each correction", visible=False, height=220)
             files = gr.Files(label="Files, beside first; each holds its settings", interactive=False)
-    last = gr.State(None)
+    copies = tempfile.TemporaryDirectory()  # gradio hands on files of temporary folders without being shown the others
+    last = gr.State(None, time_to_live=KEPT)
 
     def draw(
         text: str,
@@ -141,6 +161,8 @@ def _draw_tab(session: Session) -> None:
     ) -> list[Any]:
         settings = dict(zip(controls, values, strict=True))
         try:
+            if wanted is None and not free:
+                raise InputError("the seed is empty; write a number, or tick `any seed`")
             drawing = session.draw(text, None if free else int(wanted or 0), other, settings, progress)
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -152,7 +174,7 @@ def _draw_tab(session: Session) -> None:
             _verdict(drawing),
             evidence_rows(drawing.steered.judgement),
             gr.LinePlot(points, visible=len(points) > 0),
-            [str(drawn.file) for drawn in made],
+            [str(_copy(drawn.file, Path(copies.name))) for drawn in made],
             drawing.seed,
         ]
 
@@ -180,8 +202,8 @@ def _controls(session: Session) -> dict[str, Any]:
             "eta": gr.Slider(0, 1, eta_of(backbone, sampling), label="Fresh noise in a step of DDIM (eta)"),
             "scheduler": gr.Dropdown(["ddim", "euler", "dpm++", "unipc"], value=sampling.scheduler, label="Sampler"),
             "negative_prompt": gr.Textbox(label="Negative prompt"),
-            "height": gr.Number(backbone.image_size[0], label="Height in pixels", precision=0),
-            "width": gr.Number(backbone.image_size[1], label="Width in pixels", precision=0),
+            "height": gr.Number(session.sides[0], label="Height in pixels", precision=0),
+            "width": gr.Number(session.sides[1], label="Width in pixels", precision=0),
             "correction_rule": gr.Radio(["fixed", "relative"], value=stored.correction_rule, label="Correction: rule"),
             "correction_mode": gr.Radio(["state", "noise"], value=stored.correction_mode, label="Correction: mode"),
             "correction_start": gr.Slider(
@@ -194,7 +216,7 @@ def _controls(session: Session) -> dict[str, Any]:
 def _judge_tab(session: Session) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            image = gr.Image(label="Picture", type="pil")
+            image = _Upload(label="Picture", type="pil")
             prompt = gr.Textbox(label="Prompt", lines=2, placeholder=EXAMPLES[0])
             with gr.Accordion("Advanced", open=False):
                 timestep = gr.Number(label="Timestep at which it is judged", value=250, precision=0, minimum=0)
@@ -209,6 +231,8 @@ def _judge_tab(session: Session) -> None:
         if picture is None:
             raise gr.Error("there is no picture; drop one on the page", print_exception=False)
         try:
+            if step is None or count is None:
+                raise InputError("timestep and noises are numbers; none of them may be empty")
             judgement = session.judge(picture, text, int(step), int(count))
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -220,6 +244,23 @@ def _judge_tab(session: Session) -> None:
 
     asked, inputs, outputs = [button.click, prompt.submit], [image, prompt, timestep, draws], [seen, verdict, evidence]
     gr.on(asked, judge, inputs, outputs, api_name="judge", concurrency_limit=1)
+
+
+class _Upload(gr.Image):
+    """An image of the user's; one that cannot be read is told in a line."""
+
+    is_template = True  # to the page it is a `gr.Image`
+
+    def preprocess(self, payload: Any) -> Any:
+        try:
+            return super().preprocess(payload)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise gr.Error(f"the picture cannot be read: {error}; give a PNG or JPEG", print_exception=False) from error
+
+
+def _copy(file: Path, folder: Path) -> Path:
+    """A copy of `arm/images/name.png`, called `arm_name.png`."""
+    return Path(shutil.copyfile(file, folder / f"{file.parts[-3]}_{file.name}"))
 
 
 def _images(drawing: Drawing | None, boxes: bool) -> list[Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from PIL import Image
 
 from dpt_t2i.backbones.lora import lora_disabled, lora_parameters
@@ -24,6 +25,7 @@ from dpt_t2i.sampling.loop import Step
 from dpt_t2i.sampling.model import T2IModel
 
 Beside = Literal["plain base", "tuned alone", "nothing"]
+MAX_SIDE = 4  # times the model's own: whoever reaches the page may ask
 Watch = Callable[[float, str], None]  # (share done in [0, 1], what is being drawn)
 
 
@@ -61,9 +63,14 @@ class Session:
 
     @property
     def stored_correction(self) -> CorrectionConfig:
-        """What is stored with the adapter, else none."""
+        """What is stored with the adapter, else none. Raises `InputError` where that is no correction."""
         origin = None if self.model.adapter is None else self.model.adapter.origin
-        return CorrectionConfig.model_validate((origin.metadata.get("correction") if origin else None) or {})
+        return build_config(CorrectionConfig, overrides=(origin.metadata.get("correction") if origin else None) or {})
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was trained at."""
+        return self.model.backbone.image_size
 
     def choices(self) -> tuple[Beside, ...]:
         """What a picture can stand beside: without a LoRA the plain base is all that there is."""
@@ -76,16 +83,23 @@ class Session:
 
         Args:
             seed: of the initial noise; None = any.
-            settings: those of `dpt generate` by their flags' names; what is None is left to its default.
+            settings: those of `dpt generate` by their flags' names; what is None or missing is left to what is stored
+                with the adapter (of a correction), or to its default.
             watch: is told how far it is, before the first step and after each.
 
         Raises:
-            InputError: an empty prompt, or anything that `T2IModel.run` refuses.
+            InputError: an empty prompt, sides over `MAX_SIDE` of the model's own, no memory for them, or anything that
+                `T2IModel.run` refuses.
         """
         if not prompt.strip():
             raise InputError("the prompt is empty; write what the image should show")
         given = {name: value for name, value in settings.items() if value is not None}
+        if (given.get("correct") or 0) > 0:
+            given = self.stored_correction.model_dump() | given
         config = build_config(GenerateConfig, overrides=given)
+        for name, side, own in zip(("height", "width"), (config.height, config.width), self.sides, strict=True):
+            if side is not None and side > MAX_SIDE * own:
+                raise InputError(f"{name} {side} is too large here; give at most {MAX_SIDE * own}")
         seed = secrets.randbelow(2**31) if seed is None else seed
         (job,) = jobs_of([prompt.strip()], [seed], config.own_noise)
         passes = config.search.best_of + (beside != "nothing")
@@ -115,8 +129,11 @@ class Session:
     def _one(
         self, job: Job, config: GenerateConfig, on_step: Callable[[Step], None], without_lora: bool = False
     ) -> Drawn:
-        with lora_disabled(self.model.backbone) if without_lora else contextlib.nullcontext():
-            (made,) = self.model.run([job], config, on_step)
+        try:
+            with lora_disabled(self.model.backbone) if without_lora else contextlib.nullcontext():
+                (made,) = self.model.run([job], config, on_step)
+        except torch.OutOfMemoryError as error:
+            raise InputError("there is not enough memory for this; make the image smaller, or ask for fewer") from error
         settings = self.model.settings(config)
         if without_lora:  # then nothing that was learned had a part in it
             made, settings = replace(made, score=None), settings | {"lora": None, "lora_sizes": [], "adapter": None}
@@ -154,7 +171,7 @@ class _Progress:
         self.watch(self.done / self.total, what)
 
         def on_step(step: Step) -> None:
-            self.done += 1
+            self.done += len(step.latents)  # a search draws several at once
             if step.scores is not None:
                 curve.append((step.index + 1, float(step.scores[0])))
             self.watch(min(1.0, self.done / self.total), what)

@@ -106,13 +106,15 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            rows.append({"prompt_index": int(row["prompt_index"]), "seed": int(row["seed"]), **row})
-            missing = not (folder / str(row["file"])).is_file()
-            complete = isinstance(row["prompt"], str)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number} is broken ({error}); generate the folder again") from error
-        if missing or not complete:
-            raise InputError(f"{path}, line {number}: no image {row['file']}; run the same `dpt generate` once more")
+            row |= {"prompt_index": int(row["prompt_index"]), "seed": int(row["seed"])}
+            file, prompt = row["file"], row["prompt"]
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise InputError(f"{path}, line {number} is broken ({error!r}); generate the folder again") from error
+        if not isinstance(prompt, str) or not isinstance(file, str) or Path(file).is_absolute():
+            raise InputError(f"{path}, line {number}: `prompt` must be a text and `file` a path inside the folder")
+        if not (folder / file).is_file():
+            raise InputError(f"{path}, line {number}: no image {file}; run the same `dpt generate` once more")
+        rows.append(row)
     if not rows:
         raise InputError(f"{path} lists no image; run the same `dpt generate` once more")
     return sorted(rows, key=lambda row: (row["prompt_index"], row["seed"]))

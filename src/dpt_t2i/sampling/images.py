@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from dpt_t2i.errors import InputError
 
 PADDING = (127, 127, 127)  # about 0 in [-1, 1]
 
@@ -23,6 +26,15 @@ class Placement:
     def to_picture(self, boxes: Tensor) -> Tensor:
         """xyxy boxes `[..., 4]` in canvas pixels -> pixels of the picture."""
         return (boxes - boxes.new_tensor([self.left, self.top, self.left, self.top])) / self.scale
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file as RGB. Raises `InputError` where it cannot be read, or is too large to be opened safely."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read image {path}: {error}; give a PNG or JPEG file") from error
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:

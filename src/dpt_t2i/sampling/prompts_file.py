@@ -11,8 +11,8 @@ from typing import Any
 
 from dpt_t2i.errors import InputError
 
-TEXT_KEYS = ("prompt", "caption", "text")  # GenEval and PartiPrompts; COCO-NSS1K
-CATEGORY_KEYS = ("category", "tag")  # PartiPrompts and COCO-NSS1K; GenEval
+TEXT_KEYS = ("prompt", "caption", "text")
+CATEGORY_KEYS = ("category", "tag")  # PartiPrompts; GenEval
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,23 @@ def read_prompts_file(path: Path) -> list[PromptLine]:
     of these names in any case; a TSV has no quotes. Anything else: a prompt a line.
 
     Raises:
-        InputError: file missing, not UTF-8, a line of JSON or a row without a prompt (names the line), or a table
-            without a column of prompts.
+        InputError: file missing, not UTF-8, a `.json`; a line of JSON or a row without a prompt, a row of a table with
+            more cells than columns (names the line); a table without a column of prompts, or with two of one name.
     """
+    kind = path.suffix.lower()
+    if kind == ".json":
+        raise InputError(
+            f"prompts file {path}: write it as .jsonl (an object with `prompt` a line), .tsv, .csv or .txt"
+        )
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` cuts at characters that JSON may hold
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompts file {path} cannot be read: {error}") from error
-    if path.suffix == ".jsonl":
+    if kind == ".jsonl":
         numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
         return [_of_row(path, number, _json(path, number, text)) for number, text in numbered]
-    if path.suffix in (".tsv", ".csv"):
-        return list(_of_table(path, lines))
+    if kind in (".tsv", ".csv"):
+        return list(_of_table(path, lines, tabs=kind == ".tsv"))
     return [PromptLine(line.strip()) for line in lines if line.strip()]
 
 
@@ -55,24 +60,31 @@ def _json(path: Path, number: int, text: str) -> Mapping[str, Any]:
     return row
 
 
-def _of_table(path: Path, lines: list[str]) -> Iterator[PromptLine]:
-    kept = [f"{line.rstrip(chr(13))}\n" for line in lines]
-    quoting: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    table = csv.DictReader(kept, delimiter="\t" if path.suffix == ".tsv" else ",", **quoting)
-    names = [str(name).strip().lower() for name in table.fieldnames or ()]
-    if not set(names) & set(TEXT_KEYS):
-        raise InputError(
-            f"prompts file {path}: no column is called {', '.join(TEXT_KEYS)}; there are {', '.join(names)}"
-        )
-    table.fieldnames = names
-    for row in table:
-        if any(str(value or "").strip() for value in row.values()):
-            yield _of_row(path, table.line_num, row)
+def _of_table(path: Path, lines: list[str], tabs: bool) -> Iterator[PromptLine]:
+    how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    table = csv.reader((f"{line.rstrip(chr(13))}\n" for line in lines), **how)
+    try:
+        names = [name.strip().lower() for name in next(table, [])]
+        if not set(names) & set(TEXT_KEYS):
+            there = ", ".join(names) or "none"
+            raise InputError(f"prompts file {path}: no column is called {', '.join(TEXT_KEYS)}; there are {there}")
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise InputError(f"prompts file {path}: two columns are called {twice[0]}")
+        for cells in table:
+            if len(cells) > len(names):
+                raise InputError(
+                    f"prompts file {path}, line {table.line_num}: {len(cells)} cells in {len(names)} columns; in a "
+                    ".csv a text with a comma goes into quotes"
+                )
+            if any(cell.strip() for cell in cells):
+                yield _of_row(path, table.line_num, dict(zip(names, cells, strict=False)))
+    except csv.Error as error:
+        raise InputError(f"prompts file {path}, line {table.line_num}: {error}") from error
 
 
 def _of_row(path: Path, number: int, row: Mapping[str, Any]) -> PromptLine:
     text = next((row[key] for key in TEXT_KEYS if key in row), None)
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"prompts file {path}, line {number}: no text under `prompt`")
-    category = next((row[key] for key in CATEGORY_KEYS if row.get(key)), None)
-    return PromptLine(text.strip(), None if category is None else str(category))
+    told = (str(row[key]).strip() for key in CATEGORY_KEYS if row.get(key) is not None)
+    return PromptLine(text.strip(), next(filter(None, told), None))
