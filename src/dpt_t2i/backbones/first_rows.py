@@ -1,7 +1,8 @@
 """Rows of a pass that are only read end at the deepest tap, in the same pass as rows that are predicted.
 
 Stage 2 predicts a picture under its caption, and reads it under others as well. In one pass what these rows have in
-common is computed once (`shared_rows`), and every call works on more rows at once.
+common is computed once (`shared_rows`), and every call works on more rows at once. Where nothing can be shared two
+passes are no dearer and hold less at once, so they stay.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def behind_taps(unet: Any, taps: Sequence[Tap]) -> tuple[str, ...]:
 
     None where there is nothing behind it, or where another part of its block still joins what went before it.
     """
-    blocks = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))] + ["mid_block"]
+    blocks = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
+    blocks += ["mid_block"] if getattr(unet, "mid_block", None) is not None else []
     blocks += [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
     block_of = {tap.module: _block_of(tap.module, blocks) for tap in taps}
     if not taps or None in block_of.values():
@@ -28,8 +30,8 @@ def behind_taps(unet: Any, taps: Sequence[Tap]) -> tuple[str, ...]:
     deepest = max(block_of.values(), key=lambda block: blocks.index(str(block)))
     later = blocks[blocks.index(str(deepest)) + 1 :]
     # Within its block the tap may be followed by the sampler alone, which takes nothing but the map.
-    samplers = [f"{deepest}.{name}" for name in ("upsamplers.0",) if _last_in_block(unet, str(deepest), taps)]
-    return (*samplers, *later) if later else ()
+    sampler = [f"{deepest}.upsamplers.0"] if _sampler_alone_follows(unet, str(deepest), taps) else []
+    return (*sampler, *later) if later else ()
 
 
 @contextmanager
@@ -56,9 +58,12 @@ def _block_of(module: str, blocks: Sequence[str]) -> str | None:
     return next((block for block in blocks if f"{module}.".startswith(f"{block}.")), None)
 
 
-def _last_in_block(unet: nn.Module, block: str, taps: Sequence[Tap]) -> bool:
-    """Is a tap the last attention of an up block with a sampler, so that of the block the sampler alone follows?"""
+def _sampler_alone_follows(unet: nn.Module, block: str, taps: Sequence[Tap]) -> bool:
+    """Is a tap the last attention of an up block, and none behind it, so that of the block its sampler alone follows?"""
+    if not block.startswith("up_blocks"):
+        return False
     inner: Any = unet.get_submodule(block)
     last = len(getattr(inner, "attentions", None) or ()) - 1
-    sampled = block.startswith("up_blocks") and getattr(inner, "upsamplers", None) is not None and last >= 0
+    behind = any(tap.module == block or f"{tap.module}.".startswith(f"{block}.upsamplers.") for tap in taps)
+    sampled = getattr(inner, "upsamplers", None) is not None and not behind
     return sampled and any(tap.module == f"{block}.attentions.{last}" for tap in taps)

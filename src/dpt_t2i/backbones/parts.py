@@ -21,7 +21,7 @@ from dpt_t2i.backbones.flow_noising import FlowNoising
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.noising import Noising
 from dpt_t2i.backbones.reader import read_maps, read_output
-from dpt_t2i.backbones.shared_rows import shared_rows
+from dpt_t2i.backbones.shared_rows import can_share, shared_rows
 from dpt_t2i.backbones.taps import parse_taps, tap_of_output
 from dpt_t2i.backbones.types import Features, PipelineCall, Tap, TextStates
 from dpt_t2i.errors import InputError
@@ -183,10 +183,13 @@ class PipelineParts(ABC):
             predicted: rows that are predicted, the first ones; the others are read, and go no further than they must.
         """
         rows, first = len(noisy), len(noisy) if predicted is None else predicted
-        behind = self._behind(taps) if first < rows else ()
+        if not 0 < first <= rows or (first < rows and not taps):
+            raise ValueError(f"{first} of {rows} rows cannot be predicted, and the others read at {len(taps)} taps")
+        together = first < rows and can_share(self.denoiser, self.text_free, pictures)
+        behind = self._behind(taps) if together else ()
         if first < rows and not behind:
             return self._apart(noisy, timesteps, text, taps, pictures, first)
-        with self._shared(pictures, taps), first_rows(self.denoiser, behind, rows, first):
+        with self._shared(pictures, taps, behind), first_rows(self.denoiser, behind, rows, first):
             maps, prediction = read_maps(self.denoiser, taps, self._pass(noisy, timesteps, text), False, _sides(noisy))
         assert prediction is not None
         return prediction.float(), _as_features(maps, noisy, timesteps)
@@ -212,8 +215,12 @@ class PipelineParts(ABC):
         """Modules behind `taps` that may be given fewer rows; none where the family does not know of any."""
         return ()
 
-    def _shared(self, pictures: Tensor | None, taps: Sequence[Tap]) -> AbstractContextManager[None]:
-        return shared_rows(self.denoiser, self.text_free, pictures, [tap.module for tap in taps])
+    def _shared(
+        self, pictures: Tensor | None, taps: Sequence[Tap], behind: Sequence[str] = ()
+    ) -> AbstractContextManager[None]:
+        """`behind`: modules that see fewer rows than the pass has."""
+        paths = [path for path in self.text_free if not any(f"{path}.".startswith(f"{one}.") for one in behind)]
+        return shared_rows(self.denoiser, paths, pictures, [tap.module for tap in taps])
 
     def _pass(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Callable[[], Tensor]:
         return lambda: self._denoise(noisy, timesteps, text)

@@ -35,7 +35,6 @@ SEEN = ["download", "fullscreen"]  # what a picture may be asked for
 CURVE = ["step", "matching score"]
 EXAMPLES = ("a red circle left of a blue square", "exactly three green triangles", "a small yellow cross and a circle")
 
-
 def run_app(config: AppConfig) -> dict[str, Any]:
     """Load the model once and serve the page until it is interrupted.
 
@@ -60,7 +59,6 @@ def run_app(config: AppConfig) -> dict[str, Any]:
     finally:
         page.close()
     return {"url": url, "output_dir": str(config.output_dir)}
-
 
 def serve(page: gr.Blocks, host: str, port: int) -> str:
     """Start the page in the background; its address.
@@ -88,7 +86,6 @@ def serve(page: gr.Blocks, host: str, port: int) -> str:
         raise InputError(f"the page does not start on {host}:{port}: {error}; behind a proxy set NO_PROXY") from error
     return str(url)
 
-
 def _free_port(host: str, port: int) -> int:
     """`port`, or one that is free. Raises `InputError` where nothing can listen there."""
     try:
@@ -99,7 +96,6 @@ def _free_port(host: str, port: int) -> int:
             return int(probe.getsockname()[1])
     except OSError as error:
         raise InputError(f"nothing can listen on {host}:{port} ({error}); give another --host or --port") from error
-
 
 def build(session: Session) -> gr.Blocks:
     """The page: one tab draws, one judges."""
@@ -116,7 +112,6 @@ def build(session: Session) -> gr.Blocks:
             with gr.Tab("Judge"):
                 _judge_tab(session)
     return page
-
 
 def _draw_tab(session: Session) -> None:
     judged = session.model.adapter is not None
@@ -184,7 +179,6 @@ def _draw_tab(session: Session) -> None:
     gr.on(asked, draw, inputs, outputs, api_name="draw", concurrency_limit=1, show_progress_on=images)
     boxes.change(_images, [last, boxes], images, show_progress="hidden")
 
-
 def _controls(session: Session) -> dict[str, Any]:
     """The settings of `dpt generate` that the page offers, by their names; the rest under "Advanced"."""
     stored, sampling, backbone = session.stored_correction, SampleConfig(), session.model.backbone
@@ -211,7 +205,6 @@ def _controls(session: Session) -> dict[str, Any]:
             ),
             "correction_end": gr.Slider(0, 1, stored.correction_end, label="Correction: to this part"),
         }
-
 
 def _judge_tab(session: Session) -> None:
     with gr.Row():
@@ -245,8 +238,6 @@ def _judge_tab(session: Session) -> None:
     asked, inputs, outputs = [button.click, prompt.submit], [image, prompt, timestep, draws], [seen, verdict, evidence]
     gr.on(asked, judge, inputs, outputs, api_name="judge", concurrency_limit=1)
 
-from gradio.events import Dependency
-
 class _Upload(gr.Image):
     """An image of the user's; one that cannot be read is told in a line."""
 
@@ -257,17 +248,18 @@ class _Upload(gr.Image):
             return super().preprocess(payload)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise gr.Error(f"the picture cannot be read: {error}; give a PNG or JPEG", print_exception=False) from error
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
 
-
 def _copy(file: Path, folder: Path) -> Path:
     """A copy of `arm/images/name.png`, called `arm_name.png`."""
     return Path(shutil.copyfile(file, folder / f"{file.parts[-3]}_{file.name}"))
-
 
 def _images(drawing: Drawing | None, boxes: bool) -> list[Any]:
     """The two pictures, and both for the slider, which needs two."""
@@ -276,7 +268,6 @@ def _images(drawing: Drawing | None, boxes: bool) -> list[Any]:
     steered = drawing.steered.shown(boxes)
     beside = drawing.beside.shown(boxes) if drawing.beside else None
     return [beside, steered, (beside, steered) if beside else None]
-
 
 def _verdict(drawing: Drawing) -> str:
     """One line: the seed, and what the model's own judge says of both."""

@@ -39,7 +39,6 @@ class Seen:
     timesteps: Tensor  # [N]
     texts: Tensor  # [N] rows of the batch's `text`
     prediction: Tensor  # [N, C, h, w]
-    features: Features  # at the taps
 
 
 def denoising(
@@ -52,13 +51,15 @@ def denoising(
     more: tuple[Tensor, Tensor] | None = None,
     read: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Seen, Features]:
-    """Denoising loss of the positives, all that one full pass told of them and then of what `more` adds, and the maps
-    of what is only read.
+    """Denoising loss of the positives, what one full pass told of them and then of what `more` adds, and its maps: of
+    the positives, of `more`, of the positives without their captions, and of what is only read.
 
     Args:
         more: rows `[N]` of `latents` that are predicted too, and the rows of `text` that they go under.
-        read: the same of rows that need not be predicted.
+        read: the same of rows that need not be predicted; not together with `cut`, which is not for them.
     """
+    if cut is not None and read is not None:
+        raise ValueError("rows that are only read take the whole gradient: give no cut with them")
     count = len(batch)
     own = torch.arange(count, device=draw.timesteps.device)
     dropped, nobody = own[draw.drop_caption], (own[:0], own[:0])
@@ -79,8 +80,7 @@ def denoising(
         snr_gamma=config.snr_gamma,
         prediction_type=backbone.prediction_type,
     )
-    seen = Seen(images[kept], noisy[kept], timesteps[kept], told[kept], prediction[kept], features.rows(kept))
-    return mse, seen, features.rows(slice(predicted, None))
+    return mse, Seen(images[kept], noisy[kept], timesteps[kept], told[kept], prediction[kept]), features
 
 
 def compared(draw: Draw, config: DenoiseConfig) -> Tensor:

@@ -135,13 +135,13 @@ class TuneObjective(nn.Module):
         # Of one pass with the others, but where what is done to its gradient is not for them.
         together = self.cut is None and self.share > 0
         how = (self.backbone, self.taps, batch, draw)
-        mse, seen, others = denoising(*how, self.denoise, self.cut, (images, texts), rest if together else None)
+        mse, seen, features = denoising(*how, self.denoise, self.cut, (images, texts), rest if together else None)
         if not together:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.share > 0):
-                others = _features(*how, *rest)
-        read = Features.cat(seen.features.rows(slice(0, count + len(more))), others)
-        if not whole[: count + len(more)].all():  # back to the order of the plan
-            read = read.rows(torch.cat([whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]]).argsort())
+                features = Features.cat(features, _features(*how, *rest))
+        rows, first = torch.arange(len(features), device=whole.device), count + len(more)
+        rows = torch.cat([rows[:first], rows[len(rows) - len(rest[0]) :]])  # without twins and dropped captions
+        read = features.rows(rows[torch.cat([whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]]).argsort()])
         terms = discriminate((self.adapter,), _damped(read, self.share), plan, batch, num_boxes, self.loss)
         terms |= {"loss_mse": mse}
         blocks = torch.cat([plan.blocks[whole], torch.full_like(twins, TWIN)])
