@@ -59,7 +59,7 @@ def _block_of(module: str, blocks: Sequence[str]) -> str | None:
 
 
 def _sampler_alone_follows(unet: nn.Module, block: str, taps: Sequence[Tap]) -> bool:
-    """Is a tap the last attention of an up block, and none behind it, so that of the block its sampler alone follows?"""
+    """Is a tap the last attention of an up block, and none behind it, so that its sampler alone follows?"""
     if not block.startswith("up_blocks"):
         return False
     inner: Any = unet.get_submodule(block)
