@@ -1,7 +1,6 @@
 """The one batched pass of six evaluations against six passes written out."""
 
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -245,8 +244,7 @@ def test_the_denoising_gradient_is_cut_behind_a_block():
     """At up1: whole behind it; none for up1, the middle, and the level whose skips end in up1; else the skips."""
     whole, cut = gradients_of_b(None, "loss_mse"), gradients_of_b("up1", "loss_mse")
     for name, norm in whole.items():
-        # The middle is a map of one place, which attends to itself whatever its query and key say.
-        assert norm > 0 or re.match(r"mid_block.*attn1\.to_[qk]", name)
+        assert norm > 0
         if name.startswith(("up_blocks.1", "mid_block", "down_blocks.2")):
             assert cut[name] == 0
         elif name.startswith("down_blocks"):
@@ -287,7 +285,7 @@ def test_a_share_of_the_gradient_of_itm_and_rec_reaches_the_lora(share):
 
 def test_the_cut_leaves_the_adapters_gradient_alone():
     whole, cut = gradients_of_b(None, "loss_i2t"), gradients_of_b("up1", "loss_i2t")
-    assert whole == pytest.approx(cut, rel=1e-5, abs=1e-7)
+    assert whole == pytest.approx(cut, rel=1e-5)
     assert whole["up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.dpt.weight"] > 0
 
 

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from dpt_t2i.backbones import latents as vae_latents
 from dpt_t2i.backbones.fingerprint import part_hashes, weights_hash
-from dpt_t2i.backbones.first_rows import first_rows
 from dpt_t2i.backbones.flow_noising import FlowNoising
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.noising import Noising
 from dpt_t2i.backbones.reader import read_maps, read_output
-from dpt_t2i.backbones.shared_rows import can_share, shared_rows
+from dpt_t2i.backbones.shared_rows import shared_rows
 from dpt_t2i.backbones.taps import parse_taps, tap_of_output
 from dpt_t2i.backbones.types import Features, PipelineCall, Tap, TextStates
 from dpt_t2i.errors import InputError
@@ -174,53 +173,16 @@ class PipelineParts(ABC):
         text: TextStates,
         taps: Sequence[Tap] = (),
         pictures: Tensor | None = None,
-        predicted: int | None = None,
     ) -> tuple[Tensor, Features]:
-        """The denoiser's prediction `[B, C, h, w]` float32, and the maps at `taps` of the same pass.
-
-        Args:
-            pictures: as in `features`.
-            predicted: rows that are predicted, the first ones; the others are read, and go no further than they must.
-        """
-        rows, first = len(noisy), len(noisy) if predicted is None else predicted
-        if not 0 < first <= rows or (first < rows and not taps):
-            raise ValueError(f"{first} of {rows} rows cannot be predicted, and the others read at {len(taps)} taps")
-        together = first < rows and can_share(self.denoiser, self.text_free, pictures)
-        behind = self._behind(taps) if together else ()
-        if first < rows and not behind:
-            return self._apart(noisy, timesteps, text, taps, pictures, first)
-        with self._shared(pictures, taps, behind), first_rows(self.denoiser, behind, rows, first):
+        """The denoiser's prediction `[B, C, h, w]` float32, and the maps at `taps` of the same pass; `pictures` as in
+        `features`."""
+        with self._shared(pictures, taps):
             maps, prediction = read_maps(self.denoiser, taps, self._pass(noisy, timesteps, text), False, _sides(noisy))
         assert prediction is not None
         return prediction.float(), _as_features(maps, noisy, timesteps)
 
-    def _apart(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: TextStates,
-        taps: Sequence[Tap],
-        pictures: Tensor | None,
-        first: int,
-    ) -> tuple[Tensor, Features]:
-        """`predict` by two passes."""
-        timesteps, index = timesteps.expand(len(noisy)), torch.arange(len(noisy), device=noisy.device)
-        (own, told), (rest, asked) = ((part, text.select(index[part])) for part in (slice(first), slice(first, None)))
-        shown = (None, None) if pictures is None else (pictures[own], pictures[rest])
-        prediction, features = self.predict(noisy[own], timesteps[own], told, taps, shown[0])
-        others = self.features(noisy[rest], timesteps[rest], asked, taps, shown[1])
-        return prediction, Features.cat(features, others)
-
-    def _behind(self, taps: Sequence[Tap]) -> tuple[str, ...]:
-        """Modules behind `taps` that may be given fewer rows; none where the family does not know of any."""
-        return ()
-
-    def _shared(
-        self, pictures: Tensor | None, taps: Sequence[Tap], behind: Sequence[str] = ()
-    ) -> AbstractContextManager[None]:
-        """`behind`: modules that see fewer rows than the pass has."""
-        paths = [path for path in self.text_free if not any(f"{path}.".startswith(f"{one}.") for one in behind)]
-        return shared_rows(self.denoiser, paths, pictures, [tap.module for tap in taps])
+    def _shared(self, pictures: Tensor | None, taps: Sequence[Tap]) -> AbstractContextManager[None]:
+        return shared_rows(self.denoiser, self.text_free, pictures, [tap.module for tap in taps])
 
     def _pass(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Callable[[], Tensor]:
         return lambda: self._denoise(noisy, timesteps, text)

@@ -44,20 +44,14 @@ def before_text(unet: Any) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def can_share(denoiser: nn.Module, paths: Sequence[str], pictures: Tensor | None) -> bool:
-    """Would `shared_rows` do anything? Not where a pass may run once more with its hooks gone (gradient checkpointing),
-    does not notice them (compiled), or shows each picture in one row."""
-    rerun = torch.is_grad_enabled() and getattr(denoiser, "is_gradient_checkpointing", False)
-    if pictures is None or not paths or rerun or is_compiled(denoiser):
-        return False
-    return len(torch.unique(pictures)) < len(pictures)
-
-
 @contextmanager
 def shared_rows(
     denoiser: nn.Module, paths: Sequence[str], pictures: Tensor | None, apart: Sequence[str] = ()
 ) -> Iterator[None]:
     """Within, the modules at `paths` see one row of each picture, and hand its answer to all rows that show it.
+
+    Does nothing where a pass may run once more with these hooks gone (gradient checkpointing) or does not notice them
+    (compiled).
 
     Args:
         paths: of `before_text`.
@@ -65,10 +59,14 @@ def shared_rows(
         apart: modules whose own answer is read; what holds one of them is left as it is.
     """
     paths = [path for path in paths if not any(f"{one}.".startswith(f"{path}.") for one in apart)]
-    if pictures is None or not can_share(denoiser, paths, pictures):
+    rerun = torch.is_grad_enabled() and getattr(denoiser, "is_gradient_checkpointing", False)
+    if pictures is None or not paths or rerun or is_compiled(denoiser):
         yield
         return
     found, index = torch.unique(pictures, return_inverse=True)
+    if len(found) == len(pictures):
+        yield
+        return
     rows = torch.arange(len(index), device=index.device)
     first = torch.zeros_like(found, dtype=rows.dtype).scatter_reduce(0, index, rows, "amin", include_self=False)
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.backbones import text as clip_text
-from dpt_t2i.backbones.first_rows import behind_taps
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.parts import PipelineParts, architecture_of, check_tokenizer, ddpm_noising
 from dpt_t2i.backbones.shared_rows import before_text
-from dpt_t2i.backbones.types import Tap, TextStates
+from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.backbones.unet_taps import ARCHITECTURE_KEYS, unet_taps
 from dpt_t2i.errors import InputError
 
@@ -75,9 +74,6 @@ class StableDiffusionBackbone(PipelineParts):
             "prediction_type": self.prediction_type,
         }
         return self.described(architecture)
-
-    def _behind(self, taps: Sequence[Tap]) -> tuple[str, ...]:
-        return behind_taps(self.pipeline.unet, taps)
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         prediction: Tensor = self.denoiser(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.backbones import text as clip_text
-from dpt_t2i.backbones.first_rows import behind_taps
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.parts import (
     PipelineParts,
@@ -17,7 +16,7 @@ from dpt_t2i.backbones.parts import (
     check_tokenizer,
     ddpm_noising,
 )
-from dpt_t2i.backbones.types import Tap, TextStates
+from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.backbones.unet_taps import ARCHITECTURE_KEYS, unet_taps
 from dpt_t2i.errors import InputError
 
@@ -107,9 +106,6 @@ class StableDiffusionXLBackbone(PipelineParts):
         """`[B, 1]`: 0 for the empty prompt where it stands for "no condition", else 1."""
         zeros = self.pipeline.config.force_zeros_for_empty_prompt
         return torch.tensor([[float(not zeros or prompt != "")] for prompt in prompts], device=self.device)
-
-    def _behind(self, taps: Sequence[Tap]) -> tuple[str, ...]:
-        return behind_taps(self.pipeline.unet, taps)
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
         height, width = (side * self.vae_scale for side in noisy.shape[-2:])

@@ -88,13 +88,3 @@ class Features:
 
     def __len__(self) -> int:
         return self.timesteps.shape[0]
-
-    def rows(self, rows: slice | Tensor) -> Features:
-        """Some of the B rows."""
-        return Features({tap: value[rows] for tap, value in self.maps.items()}, self.timesteps[rows])
-
-    @staticmethod
-    def cat(first: Features, second: Features) -> Features:
-        """Stack two batches of the same taps along B."""
-        maps = {tap: torch.cat([first.maps[tap], second.maps[tap]]) for tap in first.maps}
-        return Features(maps, torch.cat([first.timesteps, second.timesteps]))

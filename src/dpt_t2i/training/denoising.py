@@ -39,6 +39,7 @@ class Seen:
     timesteps: Tensor  # [N]
     texts: Tensor  # [N] rows of the batch's `text`
     prediction: Tensor  # [N, C, h, w]
+    features: Features  # at the taps
 
 
 def denoising(
@@ -49,29 +50,21 @@ def denoising(
     config: DenoiseConfig,
     cut: Tap | None = None,
     more: tuple[Tensor, Tensor] | None = None,
-    read: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Seen, Features]:
-    """Denoising loss of the positives, what one full pass told of them and then of what `more` adds, and its maps: of
-    the positives, of `more`, of the positives without their captions, and of what is only read.
+) -> tuple[Tensor, Seen]:
+    """Denoising loss of the positives, and all that one full pass told of them, then of what `more` adds.
 
     Args:
         more: rows `[N]` of `latents` that are predicted too, and the rows of `text` that they go under.
-        read: the same of rows that need not be predicted; not together with `cut`, which is not for them.
     """
-    if cut is not None and read is not None:
-        raise ValueError("rows that are only read take the whole gradient: give no cut with them")
     count = len(batch)
     own = torch.arange(count, device=draw.timesteps.device)
-    dropped, nobody = own[draw.drop_caption], (own[:0], own[:0])
-    (again, under), (shown, asked) = more or nobody, read or nobody
-    images = torch.cat([own, again, dropped, shown])
-    told = torch.cat([batch.caption, under, batch.null.expand(len(dropped)), asked])
+    dropped = own[draw.drop_caption]
+    again, under = (own[:0], own[:0]) if more is None else more
+    images, told = torch.cat([own, again, dropped]), torch.cat([batch.caption, under, batch.null.expand(len(dropped))])
     noisy, timesteps = noised(backbone, batch, draw, images)
-    kept, predicted = slice(0, count + len(again)), len(images) - len(shown)
     with gradient_cut(backbone.denoiser, cut) if cut else nullcontext():
-        prediction, features = backbone.predict(
-            noisy, timesteps, batch.text.select(told), taps, pictures=images, predicted=predicted
-        )
+        prediction, features = backbone.predict(noisy, timesteps, batch.text.select(told), taps, pictures=images)
+    kept = slice(0, count + len(again))
     judged = prediction[:count].index_copy(0, dropped, prediction[kept.stop :])
     mse = denoise_loss(
         judged,
@@ -80,7 +73,7 @@ def denoising(
         snr_gamma=config.snr_gamma,
         prediction_type=backbone.prediction_type,
     )
-    return mse, Seen(images[kept], noisy[kept], timesteps[kept], told[kept], prediction[kept]), features
+    return mse, Seen(images[kept], noisy[kept], timesteps[kept], told[kept], prediction[kept], rows_of(features, kept))
 
 
 def compared(draw: Draw, config: DenoiseConfig) -> Tensor:
@@ -164,3 +157,7 @@ def noised(backbone: Backbone, batch: Encoded, draw: Draw, images: Tensor) -> tu
     example = images % len(batch)
     timesteps = draw.timesteps[example]
     return backbone.add_noise(batch.latents[images], draw.noise[example], timesteps), timesteps
+
+
+def rows_of(features: Features, rows: slice | Tensor) -> Features:
+    return Features({tap: value[rows] for tap, value in features.maps.items()}, features.timesteps[rows])

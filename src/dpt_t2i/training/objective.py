@@ -29,6 +29,7 @@ from dpt_t2i.training.denoising import (
     noised,
     preferred,
     reference_errors,
+    rows_of,
 )
 from dpt_t2i.training.distill import Teacher
 from dpt_t2i.training.encode import Encoded
@@ -89,7 +90,7 @@ class AtlasObjective(_Stage1):
 
 
 class TuneObjective(nn.Module):
-    """Stage 2: a pass that predicts the positive and, to the tap, reads the other five; ITM + REC + denoising.
+    """Stage 2: one full pass for the positive, one pass to the tap for the other five; ITM + REC + denoising.
 
     Examples with a dropped caption get one more row in the full pass, whose text is empty. With a teacher the example's
     picture goes through the full pass under its two wrong captions too, and all three predictions are held to the
@@ -131,17 +132,12 @@ class TuneObjective(nn.Module):
         more = whole.nonzero()[count:, 0]
         images, texts = plan.images[more], plan.texts[more]
         images, texts = torch.cat([images, twins + count]), torch.cat([texts, batch.hard_caption[twins]])
-        rest = plan.images[~whole], plan.texts[~whole]
-        # Of one pass with the others, but where what is done to its gradient is not for them.
-        together = self.cut is None and self.share > 0
-        how = (self.backbone, self.taps, batch, draw)
-        mse, seen, features = denoising(*how, self.denoise, self.cut, (images, texts), rest if together else None)
-        if not together:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.share > 0):
-                features = Features.cat(features, _features(*how, *rest))
-        rows, first = torch.arange(len(features), device=whole.device), count + len(more)
-        rows = torch.cat([rows[:first], rows[len(rows) - len(rest[0]) :]])  # without twins and dropped captions
-        read = features.rows(rows[torch.cat([whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]]).argsort()])
+        mse, seen = denoising(self.backbone, self.taps, batch, draw, self.denoise, self.cut, (images, texts))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.share > 0):
+            others = _features(self.backbone, self.taps, batch, draw, plan.images[~whole], plan.texts[~whole])
+        read = _stack(rows_of(seen.features, slice(0, count + len(more))), others)
+        if not whole[: count + len(more)].all():  # back to the order of the plan
+            read = rows_of(read, torch.cat([whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]]).argsort())
         terms = discriminate((self.adapter,), _damped(read, self.share), plan, batch, num_boxes, self.loss)
         terms |= {"loss_mse": mse}
         blocks = torch.cat([plan.blocks[whole], torch.full_like(twins, TWIN)])
@@ -171,7 +167,7 @@ class DenoiseObjective(nn.Module):
         twins = own[by_text & batch.has_hard_caption & batch.has_hard_image]
         images = torch.cat([hard, others + count, twins + count])
         texts = torch.cat([batch.hard_caption[hard], batch.caption[others], batch.hard_caption[twins]])
-        mse, seen, _ = denoising(self.backbone, (), batch, draw, self.denoise, self.cut, (images, texts))
+        mse, seen = denoising(self.backbone, (), batch, draw, self.denoise, self.cut, (images, texts))
         parts = ((own, OWN), (hard, HARD_CAPTION), (others, HARD_IMAGE), (twins, TWIN))
         blocks = torch.cat([torch.full_like(rows, block) for rows, block in parts])
         return {"loss_mse": mse} | by_error(self.backbone, batch, draw, seen, blocks, self.denoise, reference)
@@ -210,8 +206,8 @@ def discriminate(
     count, many = len(batch), len(adapters)
     split = len(features) - count
     # A block at a time: as fast on a CPU as all at once, and what a layer needs in passing is a fifth of it.
-    blocks = [features.rows(slice(start, min(start + count, split))) for start in range(0, split, count)]
-    asked = features.rows(slice(split, None))
+    blocks = [rows_of(features, slice(start, min(start + count, split))) for start in range(0, split, count)]
+    asked = rows_of(features, slice(split, None))
     pooled = batch.text.select(plan.texts[:split]).pooled
     found = torch.stack(
         [match_score(torch.cat([adapter.match_embeds(block) for block in blocks]), pooled) for adapter in adapters]
@@ -281,3 +277,8 @@ def _damped(features: Features, share: float) -> Features:
         return features
     maps = {tap: value.detach() + share * (value - value.detach()) for tap, value in features.maps.items()}
     return Features(maps, features.timesteps)
+
+
+def _stack(first: Features, second: Features) -> Features:
+    maps = {tap: torch.cat([first.maps[tap], second.maps[tap]]) for tap in first.maps}
+    return Features(maps, torch.cat([first.timesteps, second.timesteps]))
