@@ -75,6 +75,12 @@ def test_the_folder_itself_is_not_handed_out(page, client):
         assert answer.status_code == 403, path
 
 
+def test_gradio_writes_nothing_beside_the_source(page):
+    import dpt_t2i.publish.app
+
+    assert not Path(dpt_t2i.publish.app.__file__).with_suffix(".pyi").exists()
+
+
 def test_no_tunnel_is_opened_and_nothing_recorded(monkeypatch, tmp_path):
     pytest.importorskip("gradio")
     from dpt_t2i.publish.app import build, serve

@@ -216,7 +216,7 @@ def _controls(session: Session) -> dict[str, Any]:
 def _judge_tab(session: Session) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            image = _Upload(label="Picture", type="pil")
+            image = _upload(label="Picture")
             prompt = gr.Textbox(label="Prompt", lines=2, placeholder=EXAMPLES[0])
             with gr.Accordion("Advanced", open=False):
                 timestep = gr.Number(label="Timestep at which it is judged", value=250, precision=0, minimum=0)
@@ -246,16 +246,22 @@ def _judge_tab(session: Session) -> None:
     gr.on(asked, judge, inputs, outputs, api_name="judge", concurrency_limit=1)
 
 
-class _Upload(gr.Image):
-    """An image of the user's; one that cannot be read is told in a line."""
+def _upload(**how: Any) -> gr.Image:
+    """An image of the user's; one that cannot be read is told in a line.
 
-    is_template = True  # to the page it is a `gr.Image`
+    Not a subclass: gradio writes a stub file beside the source of each.
+    """
+    image = gr.Image(type="pil", **how)
+    read = image.preprocess
 
-    def preprocess(self, payload: Any) -> Any:
+    def preprocess(payload: Any) -> Any:
         try:
-            return super().preprocess(payload)
+            return read(payload)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise gr.Error(f"the picture cannot be read: {error}; give a PNG or JPEG", print_exception=False) from error
+
+    image.preprocess = preprocess
+    return image
 
 
 def _copy(file: Path, folder: Path) -> Path:
