@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dpt_t2i.sampling.folder import read_parameters, write_generation
+from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.folder import read_manifest, read_parameters, write_generation
 from dpt_t2i.sampling.generate import Generated, Job, jobs_of
 
 JOBS = jobs_of(["a red circle", "ein “Stern”"], [0, 4])
@@ -113,3 +114,43 @@ def test_other_settings_or_another_prompt_mean_another_image(tmp_path):
     changed = jobs_of(["a green circle", "ein “Stern”"], [0, 4])
     write_generation(tmp_path, changed, maker, {**SETTINGS, "steps": 4}, arm="base")
     assert maker.made == changed[:2]
+
+
+def with_manifest(tmp_path, *rows):
+    (tmp_path / "images").mkdir(exist_ok=True)
+    (tmp_path / "images/a.png").touch()
+    whole = {"file": "images/a.png", "prompt_index": 1, "prompt": "a star", "seed": 2}
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(whole | row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_a_manifest_is_read_by_prompt_and_seed(tmp_path):
+    rows = read_manifest(with_manifest(tmp_path, {"seed": "10"}, {"seed": 9}, {"prompt_index": 0, "arm": "base"}))
+    assert [(row["prompt_index"], row["seed"]) for row in rows] == [(0, 2), (1, 9), (1, 10)]
+    assert rows[0]["arm"] == "base" and rows[0]["prompt"] == "a star"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"seed": None}, "line 2 is broken"),
+        ({"seed": float("inf")}, "line 2 is broken"),
+        ({"prompt": 5}, "line 2: `prompt` must be a text"),
+        ({"file": "/etc/hostname"}, "line 2: .* a path inside the folder"),
+        ({"file": 5}, "line 2: .* a path inside the folder"),
+        ({"file": "images/b.png"}, "line 2: no image images/b.png"),
+    ],
+)
+def test_a_broken_manifest_is_one_line_that_names_it(tmp_path, row, said):
+    with pytest.raises(InputError, match=said):
+        read_manifest(with_manifest(tmp_path, {}, row))
+
+
+def test_an_empty_manifest_and_none_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="is no generation folder"):
+        read_manifest(tmp_path)
+    with pytest.raises(InputError, match="lists no image"):
+        read_manifest(with_manifest(tmp_path))
+    (tmp_path / "manifest.jsonl").write_text("[1]\n")
+    with pytest.raises(InputError, match="line 1 is broken"):
+        read_manifest(tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 
 from dpt_t2i.backbones.fingerprint import part_hashes
-from dpt_t2i.config import AlignmentConfig, DiscriminationConfig, ModelConfig, ScoreConfig
+from dpt_t2i.config import AlignmentConfig, DiscriminationConfig, ScoreConfig
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.alignment import run_arms
@@ -22,7 +22,7 @@ from dpt_t2i.evaluation.provenance import command_line, versions, write_json, wr
 from dpt_t2i.evaluation.rec import rec_oracle, rec_ranks, rec_summary
 from dpt_t2i.sampling.annotate import annotate
 from dpt_t2i.sampling.images import open_image
-from dpt_t2i.sampling.model import T2IModel, load_model
+from dpt_t2i.sampling.model import T2IModel, load_model, open_model
 from dpt_t2i.sampling.scoring import MatchScorer
 from dpt_t2i.sampling.shares import gathered, processes, share_of
 
@@ -34,7 +34,7 @@ def run_score(config: ScoreConfig, image: Path, prompt: str) -> dict[str, Any]:
         InputError: the picture cannot be read, there is no adapter, or the prompt is empty.
     """
     picture = open_image(image)
-    judged = _open(config.model).score(picture, prompt, config.score_timestep, config.score_draws, config.seed)
+    judged = open_model(config.model).score(picture, prompt, config.score_timestep, config.score_draws, config.seed)
     annotated = config.output_dir / f"{image.stem}_annotated.png"
     result = {
         "prompt": prompt,
@@ -128,14 +128,8 @@ def run_rec(config: DiscriminationConfig) -> dict[str, Any]:
     return result | {"summary": lines + [f"oracle, {line}" for line in _lines(oracle, ("precision@1",))]}
 
 
-def _open(model: ModelConfig) -> T2IModel:
-    return load_model(
-        model.pretrained_model_name_or_path, model.lora, model.adapter, model.device, model.dtype, model.revision
-    )
-
-
 def _scorer(config: DiscriminationConfig) -> MatchScorer:
-    scorer = _open(config.model).scorer
+    scorer = open_model(config.model).scorer
     if scorer is None:
         raise InputError("this evaluation needs an adapter; give `adapter`, or a base that ships one")
     return scorer

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.publish.session import Beside, Drawing, Session, evidence_rows
 from dpt_t2i.sampling.annotate import annotate
 from dpt_t2i.sampling.loop import eta_of, guidance_of
-from dpt_t2i.sampling.model import load_model
+from dpt_t2i.sampling.model import open_model
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page calls nobody
 try:
@@ -42,15 +43,7 @@ def run_app(config: AppConfig) -> dict[str, Any]:
     Raises:
         InputError: gradio is not installed, the port is taken, or anything that `load_model` refuses.
     """
-    settings = config.model
-    model = load_model(
-        settings.pretrained_model_name_or_path,
-        settings.lora,
-        settings.adapter,
-        settings.device,
-        settings.dtype,
-        settings.revision,
-    )
+    model = open_model(config.model)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     page = build(Session(model, config.output_dir))
     url = serve(page, config.host, config.port)
@@ -174,7 +167,7 @@ def _draw_tab(session: Session) -> None:
             _verdict(drawing),
             evidence_rows(drawing.steered.judgement),
             gr.LinePlot(points, visible=len(points) > 0),
-            [str(_copy(drawn.file, Path(copies.name))) for drawn in made],
+            _copies([drawn.file for drawn in made], Path(copies.name)),
             drawing.seed,
         ]
 
@@ -264,9 +257,12 @@ def _upload(**how: Any) -> gr.Image:
     return image
 
 
-def _copy(file: Path, folder: Path) -> Path:
-    """A copy of `arm/images/name.png`, called `arm_name.png`."""
-    return Path(shutil.copyfile(file, folder / f"{file.parts[-3]}_{file.name}"))
+def _copies(files: Sequence[Path], folder: Path) -> list[str]:
+    """Copies of `arm/images/name.png`, called `arm_name.png`, in place of those of the drawing before, which gradio has
+    taken by then."""
+    for old in folder.iterdir():
+        old.unlink()
+    return [shutil.copyfile(file, str(folder / f"{file.parts[-3]}_{file.name}")) for file in files]
 
 
 def _images(drawing: Drawing | None, boxes: bool) -> list[Any]:

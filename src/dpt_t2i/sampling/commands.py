@@ -8,7 +8,7 @@ from dpt_t2i.config import GenerateConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.folder import write_shared
 from dpt_t2i.sampling.generate import jobs_of
-from dpt_t2i.sampling.model import load_model
+from dpt_t2i.sampling.model import open_model
 from dpt_t2i.sampling.prompts_file import read_prompts_file
 from dpt_t2i.sampling.shares import processes
 
@@ -21,16 +21,8 @@ def run_generate(config: GenerateConfig) -> dict[str, Any]:
             sampler refuses.
     """
     jobs = jobs_of(read_prompts(config), parse_seeds(config.seeds), config.own_noise)
-    settings = config.model
-    state = processes(settings.device)
-    model = load_model(
-        settings.pretrained_model_name_or_path,
-        settings.lora,
-        settings.adapter,
-        settings.device,
-        settings.dtype,
-        settings.revision,
-    )
+    state = processes(config.model.device)
+    model = open_model(config.model)
     decisive = model.settings(config)
     arm = arm_name(config, has_lora=decisive["lora"] is not None)
     rows = write_shared(config.output_dir, jobs, lambda missing: model.run(missing, config), decisive, arm, state)

@@ -14,7 +14,7 @@ from dpt_t2i.backbones.fingerprint import lora_hash, part_hashes, weights_hash
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone
 from dpt_t2i.backbones.lora import load_lora, lora_parameters, lora_sizes
-from dpt_t2i.config import GenerateConfig, SampleConfig, build_config
+from dpt_t2i.config import GenerateConfig, ModelConfig, SampleConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of
 from dpt_t2i.sampling.judgement import Judgement, judge_image
@@ -143,6 +143,13 @@ def load_model(
     if lora_path is not None:
         load_lora(backbone, lora_path)
     return T2IModel(backbone, None if adapter_path is None else _load_adapter(backbone, adapter_path))
+
+
+def open_model(config: ModelConfig) -> T2IModel:
+    """`load_model` of what a command's `model` section says."""
+    return load_model(
+        config.pretrained_model_name_or_path, config.lora, config.adapter, config.device, config.dtype, config.revision
+    )
 
 
 def _load_adapter(backbone: Backbone, folder: Path) -> DiscriminativeAdapter:
