@@ -277,16 +277,20 @@ def test_offloading_by_layer_is_refused():
 @pytest.mark.parametrize("how", ["hook", "callback"])
 def test_whole_model_offload(how):
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip("needs a CUDA device; tests/e2e/test_second_device.py does the same on one made of CPU memory")
+    got, expected = offloaded_and_expected(how, "cuda")
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-2, atol=1e-2)  # other kernels, TF32 in convolutions
+
+
+def offloaded_and_expected(how, device):
+    """Latents of a corrected pipeline whose parts come to the device when they are called, and those of the CPU."""
     pipeline, correction = corrected_pipeline()
     expected = by_our_loop(correction, "ddim", correction_start=0.0 if how == "hook" else 1 / STEPS)
-    pipeline.enable_model_cpu_offload()
-    if how == "hook":
-        with correction.hooked(PROMPTS):
-            got = run(pipeline)
-    else:
-        got = run(pipeline, callback_on_step_end=correction.callback(PROMPTS))
-    torch.testing.assert_close(got.cpu(), expected, rtol=1e-2, atol=1e-2)  # other kernels, TF32 in convolutions
+    pipeline.enable_model_cpu_offload(device=device)
+    if how == "callback":
+        return run(pipeline, callback_on_step_end=correction.callback(PROMPTS)), expected
+    with correction.hooked(PROMPTS):
+        return run(pipeline), expected
 
 
 def test_settings_come_from_the_call_then_from_the_adapters_folder(tmp_path):
