@@ -58,6 +58,24 @@ def test_other_weights_are_a_warning_and_another_architecture_an_error_both_name
         check_fingerprint(mine, other, "LoRA x")
 
 
+def test_float16_rounds_other_bits_away_so_that_nothing_is_warned_of(caplog):
+    made_for = tiny_backbone().fingerprint()
+    backbone = tiny_backbone()
+    for part in (backbone.denoiser, backbone.pipeline.vae, backbone.pipeline.text_encoder):
+        part.to(torch.float16)
+    actual = backbone.fingerprint()
+    assert actual["weights"] != made_for["weights"] and actual["dtype"] == "float16"
+    caplog.set_level(logging.INFO)
+    for one, other in ((made_for, actual), (actual, made_for)):  # trained in it, or used in it
+        caplog.clear()
+        check_fingerprint(one, other, "adapter x")
+        (record,) = caplog.records
+        assert record.levelno == logging.INFO and "is not known: float16 rounds" in record.getMessage()
+    caplog.clear()
+    check_fingerprint(actual, actual, "adapter x")
+    assert not caplog.records
+
+
 def test_another_vae_or_text_encoder_is_a_warning_that_names_the_part(caplog):
     mine, other = tiny_backbone(), tiny_backbone()
     assert set(mine.fingerprint()["parts"]) == {"vae", "text_encoder"}

@@ -5,15 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import save_file
 from torch import nn
 
+from dpt_t2i.backbones.fingerprint import lora_hash
 from dpt_t2i.backbones.flux import TRAINING_GUIDANCE, pack, position_ids, unpack
 from dpt_t2i.backbones.loading import load_backbone
-from dpt_t2i.backbones.lora import add_lora
+from dpt_t2i.backbones.lora import add_lora, load_lora
 from dpt_t2i.backbones.types import GUIDANCE, TextStates
 from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.self_correction import SelfCorrection
 from tests.backbones import contract
 from tests.families import save_flux
+from tests.tiny import tiny_adapter
 
 PROMPTS = ["a red circle", "the star left of a square"]
 
@@ -135,3 +139,35 @@ def test_lora_up_to_a_tap_leaves_out_what_the_tap_never_sees(dev, tap, count):
 
 def test_stock_diffusers_reads_the_lora_file(dev, tmp_path):
     contract.stock_diffusers_reads_the_lora_file(dev, tmp_path)
+
+
+def test_a_lora_on_the_last_projection_alone_is_on_no_other(dev, tmp_path):
+    """PEFT takes a list of names for endings, and every single block ends in `proj_out` too."""
+    backbone = load_backbone(dev, device="cpu")
+    width, out = backbone.denoiser.proj_out.in_features, backbone.denoiser.proj_out.out_features
+    tensors = {
+        "transformer.proj_out.lora_A.weight": torch.ones(2, width),
+        "transformer.proj_out.lora_B.weight": torch.ones(out, 2),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    hashes = []
+    for _ in range(2):
+        load_lora(backbone, tmp_path / "x.safetensors")
+        found = {name.partition(".lora_")[0] for name, _ in backbone.denoiser.named_parameters() if ".lora_" in name}
+        assert found == {"proj_out"}
+        hashes.append(lora_hash(backbone.denoiser))
+    assert hashes[0] == hashes[1]
+
+
+def test_a_correction_is_told_the_size_of_the_picture(dev):
+    pipeline = load_backbone(dev, device="cpu").pipeline
+    correction = SelfCorrection(pipeline, tiny_adapter(load_backbone(dev, device="cpu"), "single0"), correct=0.1)
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+    for height, width in ((48, 32), (64, 16)):  # other tokens, and as many in another shape
+        with pytest.raises(InputError, match="draws another size than the 32 x 32 pixels"), correction.hooked("a star"):
+            pipeline("a star", height=height, width=width, **call)
+        with correction.hooked("a star", height=height, width=width) as hook:
+            pipeline("a star", height=height, width=width, **call)
+        assert len(hook.scores) == 2
+    with pytest.raises(InputError, match="give it the `height` and `width` of the call"):
+        pipeline("a star", height=48, width=32, callback_on_step_end=correction.callback("a star"), **call)

@@ -8,9 +8,11 @@ import diffusers
 import pytest
 import torch
 
+from dpt_t2i.backbones.fingerprint import weights_hash
 from dpt_t2i.backbones.loading import FAMILIES, choose_artifacts, load_backbone, resolve_device, shipped_artifacts
 from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.errors import InputError
+from tests.families import save_pixart_sigma
 from tests.tiny import tiny_backbone, tiny_pipeline
 
 
@@ -172,3 +174,21 @@ def test_loading_restores_the_libraries_own_voice(saved):
     load_backbone(saved, device="cpu")
     assert transformers_logging.get_verbosity() == logging.WARNING
     assert transformers_logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_of_half_precision_files_alone_is_read_by_their_variant(tmp_path, sharded):
+    size = {"max_shard_size": "100KB"} if sharded else {}
+    tiny_pipeline().save_pretrained(tmp_path / "fp16", variant="fp16", **size)
+    weights = [file.name for file in (tmp_path / "fp16" / "unet").glob("*.safetensors")]
+    assert all(".fp16" in name for name in weights) and (len(weights) > 1) == sharded
+    assert load_backbone(tmp_path / "fp16", device="cpu").fingerprint()["weights"] == weights_hash(tiny_pipeline().unet)
+
+
+def test_what_a_library_keeps_in_float32_stays_there(tmp_path):
+    """T5 overflows float16 behind its `wo`: transformers knows, where it is told the dtype while it loads."""
+    backbone = load_backbone(save_pixart_sigma(tmp_path / "base"), device="cpu", dtype="float16")
+    encoder = backbone.pipeline.text_encoder
+    kept = {name: value.dtype for name, value in encoder.named_parameters() if value.dtype != torch.float16}
+    assert kept and set(kept.values()) == {torch.float32} and all(".wo." in name for name in kept)
+    assert {value.dtype for value in backbone.denoiser.parameters()} == {torch.float16}

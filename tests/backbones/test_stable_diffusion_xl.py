@@ -189,3 +189,18 @@ def test_kohyas_files_are_read_with_their_alpha_and_their_own_numbering_of_block
         states = torch.randn(1, 3, layer.in_features)
         by_hand = layer.base_layer(states) + 3.0 / 2 * states @ down.T @ up.T
         torch.testing.assert_close(layer(states), by_hand, rtol=1e-4, atol=1e-4)
+
+
+def test_kohyas_convolutions_are_read_where_stock_diffusers_reads_them(backbone, tmp_path):
+    """LoCon's: in the original numbering, whose ResNets diffusers finds by the U-Net's own config."""
+    layer = backbone.denoiser.down_blocks[0].resnets[0].conv1
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(2, layer.in_channels, 3, 3, generator=generator)
+    up = torch.randn(layer.out_channels, 2, 1, 1, generator=generator)
+    name = "lora_unet_input_blocks_1_0_in_layers_2"
+    state = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    save_file(state, tmp_path / "locon.safetensors")
+    load_lora(backbone, tmp_path / "locon.safetensors")
+    found = backbone.denoiser.down_blocks[0].resnets[0].conv1
+    assert torch.equal(found.lora_A["dpt"].weight, down) and torch.equal(found.lora_B["dpt"].weight, up)
+    assert found.scaling["dpt"] == 0.5

@@ -75,3 +75,14 @@ def test_bad_input_is_one_line_and_changes_nothing(folder, tmp_path):
         with pytest.raises(InputError, match=says):
             run_perturb(config)
     assert (folder / "metadata.jsonl").read_bytes() == before
+
+
+def test_a_row_whose_negative_is_a_picture_alone_gets_no_caption(folder):
+    entries = rows(folder)
+    for entry in entries[:6]:
+        del entry["negatives"]  # `negative_file` stays
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    run_perturb(PerturbConfig(dataset=folder, per_caption=9))
+    after = rows(folder)
+    assert not any(row.get("negatives") for row in after[:6]), "the first would be taken for true of that picture"
+    assert sum(len(row["negatives"]) for row in after[6:]) > sum(len(row["negatives"]) for row in entries[6:])

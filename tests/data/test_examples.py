@@ -141,12 +141,15 @@ def test_one_record_is_too_few():
         Examples([record(0)], 8)
 
 
-def test_a_loaders_process_outlives_one_signal():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_loaders_process_outlives_one_wish_to_stop(number):
     """Who takes a machine away signals them all, and the training still wants to end its step."""
     examples = Examples(SceneRecords(length=6), 16)
     stream = iter(examples.loader(Part(2, steps=9), 1))
     first, (worker,) = next(stream), multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(2):  # itself, and by way of the launcher
+        os.kill(worker.pid, number)
+        time.sleep(0.1)
     rest = list(stream)
     alone = list(examples.loader(Part(2, steps=9), 0))
     assert [batch.captions for batch in (first, *rest)] == [batch.captions for batch in alone]
@@ -157,7 +160,7 @@ def test_a_loaders_process_outlives_one_signal():
     (worker,) = multiprocessing.active_children()
     with pytest.raises(RuntimeError, match="killed by signal"):  # PyTorch raises it wherever the second one finds us
         for _ in range(20):
-            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, number)
             time.sleep(0.3)
 
 

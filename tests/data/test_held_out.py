@@ -149,3 +149,9 @@ def test_an_empty_folder_is_one_clear_line(tmp_path, form):
         open_ids(tmp_path, form, "train")
     with pytest.raises(InputError, match="data set folder .*gone does not exist"):
         open_ids(tmp_path / "gone", form, "train")
+
+
+def test_mdetr_is_told_too_that_nothing_is_left_out(tmp_path, caplog):
+    folder = writers.write_mdetr(writers.scenes(6), tmp_path)
+    open_ids(folder, "mdetr", "train", val_samples=1)
+    assert "nothing is left out of training" in caplog.text

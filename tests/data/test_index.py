@@ -21,7 +21,7 @@ FULL = Record(
     "21",
     (Path("/a/c.png"), Path("/a/d.png")),
 )
-PLAIN = Record("8", "toy", Path("/a/e.png"), ("x",))
+PLAIN = Record("8", "toy", Path("/a/e.png"), ("x",), paired=False)
 
 
 def test_what_goes_in_comes_out() -> None:

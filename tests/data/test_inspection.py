@@ -53,13 +53,13 @@ def test_every_kind_of_finding_and_no_other(tmp_path):
     assert findings.suspicious == {
         "duplicate picture": ["toy/0 = toy/1"],
         "duplicate caption": ["'caption 0' of 2 pictures"],
-        "unreadable": [f"toy/3: cannot read image {broken}: cannot identify image file {str(broken)!r}; "
+        "unreadable": [f"toy/3: cannot read image {broken}: cannot identify its format; "
                        "replace or remove the file"],
         "box outside": ["toy/4: box [6, 6, 4, 4] lies outside the image of 8 x 8 pixels (boxes are x, y, width, height "
                         "in pixels)"],
         "caption twice": ["toy/5"],
         "negative is a caption": ["toy/6: 'caption 6'"],
-        "unreadable negative": [f"toy/7: cannot read image {broken}: cannot identify image file {str(broken)!r}; "
+        "unreadable negative": [f"toy/7: cannot read image {broken}: cannot identify its format; "
                                 "replace or remove the file"],
         "ambiguous expression": ["toy/8: 'dot' names 2 different things"],
     }  # fmt: skip

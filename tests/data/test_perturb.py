@@ -1,6 +1,7 @@
 """Each rule on captions of which the answer is known, and all of them on drawn scenes with their truth."""
 
 import re
+from collections import Counter
 
 import pytest
 
@@ -124,3 +125,13 @@ def test_every_word_of_the_lists_can_be_written():
     }
     odd = {kind: found for kind, found in kinds.items() if found != {kind}}
     assert odd == {"length": {"length", ""}, "height": {"height", ""}}  # "short" is the opposite of two
+
+
+def test_without_an_index_captions_draw_for_themselves():
+    """Else the same place of the lists is taken everywhere, and a model learns that yellow is wrong."""
+    colors = [word for word, entry in words.ATTRIBUTES.items() if entry.kind == "color" and " " not in word][:8]
+    captions = [f"a {color} {thing} on a table" for color in colors for thing in ("cup", "dog", "car", "book", "cat")]
+    made = {caption: perturb(caption, rules=["replace_attribute"])[0].caption for caption in captions}
+    put_in = Counter(new.split()[1] for new in made.values())
+    assert len(put_in) >= 6 and max(put_in.values()) < len(captions) / 3, put_in
+    assert all(perturb(caption, rules=["replace_attribute"])[0].caption == new for caption, new in made.items())

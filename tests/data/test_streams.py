@@ -1,5 +1,6 @@
 """Streamed shards: every record once a pass, whoever streams it, and a run that goes on sees what it would have."""
 
+import gzip
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import pytest
 
 from dpt_t2i.config import TrainDataConfig
 from dpt_t2i.data.examples import Part, View
+from dpt_t2i.data.layouts import streamed_shards
 from dpt_t2i.data.shards import shard_names
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.data.streams import ShardStream, open_stream, shuffled
@@ -171,3 +173,17 @@ def test_what_cannot_be_streamed_is_one_clear_error(folder, dataset, settings, s
         open_stream(config(folder / dataset, **settings), 32, View())
     with pytest.raises(InputError, match="streamed shards have no index"):
         open_records(config(folder), "train", 32)
+
+
+def test_shards_may_be_compressed_and_lie_behind_any_address(folder, captions, tmp_path):
+    for name in ("train-0000", "train-0001"):
+        with gzip.open(tmp_path / f"{name}.tar.gz", "wb") as file:
+            file.write((folder / f"{name}.tar").read_bytes())
+    named = config(tmp_path / "train-{0000..0001}.tar.gz", val_samples=9)
+    assert [record.captions[0] for record in open_records(named, "val", 32)] == [captions[1], captions[7]]
+    found = config(tmp_path, val_samples=9)  # the folder's own, by their names
+    assert open_stream(found, 32, View()).shards == open_stream(named, 32, View()).shards
+    for far in ("https://h/t-{0..1}.tar.gz", "https://h/t-{0..1}.tar?key=a.b", "http://h/t-{0..1}"):
+        assert streamed_shards(config(far))[0] == [far.replace("{0..1}", "0")]
+    (held,) = streamed_shards(config("https://h/t.tar", val_annotations=("https://h/v.tar",)))[1]
+    assert held == "https://h/v.tar", "which a path had shortened"

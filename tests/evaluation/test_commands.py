@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dpt_t2i.config import AlignmentConfig, DataConfig, DiscriminationConfig, ScoreConfig
-from dpt_t2i.data.records import Record
+from dpt_t2i.data.records import Expression, Record
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation import commands
 from dpt_t2i.sampling.model import T2IModel
@@ -121,3 +121,19 @@ def test_alignment_opens_models_by_path_and_tells_its_numbers(
 def test_other_processes_have_nothing_to_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(commands, "run_arms", lambda config, open_model: {})
     assert commands.run_alignment(AlignmentConfig(output_dir=tmp_path)) == {"arms": {}, "summary": []}
+
+
+def test_every_expression_of_a_record_counts_where_that_is_asked(
+    loaded: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    things = [Expression(f"the {word} dot", (((0, 5)),), ((4.0 * n, 4.0, 9.0, 9.0),)) for n, word in enumerate("abc")]
+    blank = Expression("the air", (), ())
+    record = Record("1", "mine", lambda: Image.new("RGB", (32, 32), "red"), ("a",), (things[0], blank, *things[1:]))
+    monkeypatch.setattr(commands, "open_records", lambda *_: [record])
+    assert commands.run_rec(discrimination(tmp_path, timesteps=(500,)))["examples"] == 1
+    result = commands.run_rec(discrimination(tmp_path, timesteps=(500,), all_expressions=True))
+    assert result["examples"] == 3
+    rows = [json.loads(line) for line in (tmp_path / "rec_ranks.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["mine/1#0", "mine/1#2", "mine/1#3"]
+    with pytest.raises(InputError, match="all_expressions is for `dpt evaluate rec`"):
+        commands.run_itm(discrimination(tmp_path, all_expressions=True))

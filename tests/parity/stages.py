@@ -58,6 +58,7 @@ def encoded(targets: GroundingTargets | None = None, mask: Tensor | None = None)
         expression=rows[3],
         null=torch.tensor([0]),
         has_hard_image=always,
+        hard_pair=always,
         has_hard_caption=always,
         grounding_tokens=text.tokens,
         grounding_mask=torch.ones_like(text.mask) if mask is None else mask,

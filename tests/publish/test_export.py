@@ -169,6 +169,21 @@ def test_merged_is_a_stock_model_and_holds_the_adapter_for_it(
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_merged_is_sampled_as_its_base_and_is_of_one_dtype(tmp_path: Path) -> None:
+    base = make("sd1", tmp_path).base
+    (base / "dpt").mkdir()
+    (base / "dpt" / "sampling.json").write_text('{"guidance_scale": 2.5, "eta": 1.0}')
+    pipeline = stock(base)
+    pipeline.text_encoder.to(torch.float16).save_pretrained(base / "text_encoder")  # as T5 is stored, mostly
+    export(base, tmp_path / "lora", tmp_path / "out", "merged")
+    merged = load_backbone(tmp_path / "out", device="cpu")
+    assert (merged.guidance_scale, merged.eta) == (2.5, 1.0)
+    assert {value.dtype for value in load_file(tmp_path / "out" / "text_encoder" / "model.safetensors").values()} == {
+        torch.float32
+    }
+    assert np.isfinite(image_of(stock(tmp_path / "out"))).all(), "the card's two lines"
+
+
 def test_merged_sdxl(tmp_path: Path) -> None:
     made = make("sdxl", tmp_path)
     export(made.base, made.lora, tmp_path / "out", "merged")

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, UniPCMultistepScheduler
 from torch import Tensor
 
 from dpt_t2i.backbones.flow_noising import FLOW
@@ -207,3 +207,14 @@ def test_sizes_and_settings_that_do_not_fit_are_named(dev):
     negative = SampleConfig(steps=1, negative_prompt="left")
     with pytest.raises(InputError, match="no unconditional branch; leave negative_prompt out"):
         list(generate(dev, jobs_of(PROMPTS, [0]), negative))
+
+
+def test_a_flow_base_that_samples_by_unipc_keeps_its_shift():
+    """UniPC and DPM++ call `flow_shift` what flow matching's own scheduler calls `shift`."""
+    backbone = ConstantVelocity()
+    own = make_scheduler(backbone, "euler", 5)
+    backbone.pipeline.scheduler = UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    made = make_scheduler(backbone, "euler", 5)
+    assert made.config.shift == 3.0 and torch.equal(made.sigmas, own.sigmas)

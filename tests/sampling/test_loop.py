@@ -177,3 +177,15 @@ def test_sampling_leaves_the_callers_gradient_mode_and_the_pipelines_scheduler_a
 def test_as_many_negative_prompts_as_prompts():
     with pytest.raises(InputError, match="2 latents, 2 prompts and 1 negative prompts do not go together"):
         sample(ConstantNoise(), states(2), states(1), torch.zeros(2, 4, 8, 8), SampleConfig(steps=2), OFF)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_less_than_1_is_no_guidance_as_in_a_stock_pipeline(scale):
+    """SD-Turbo and its like are called with 0, and must still obey their prompt."""
+    backbone, noise = tiny_backbone(), torch.stack([initial_noise(seed, (4, 8, 8)) for seed in (0, 1)])
+    prompts = ["a red circle", "two blue stars"]
+    text, null = backbone.encode_text(prompts), backbone.null_text(2)
+    ours = sample(backbone, text, null, noise, SampleConfig(steps=3, guidance_scale=scale), OFF)
+    backbone.pipeline.scheduler = diffusers.DDIMScheduler.from_config(backbone.pipeline.scheduler.config)
+    call = {"num_inference_steps": 3, "guidance_scale": scale, "latents": noise, "output_type": "latent"}
+    torch.testing.assert_close(ours, backbone.pipeline(prompts, **call).images, rtol=1e-4, atol=1e-4)

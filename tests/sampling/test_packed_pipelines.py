@@ -74,7 +74,10 @@ def test_a_shift_of_the_map_reaches_the_final_tokens(how):
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), transformer=Velocity(), num_timesteps=8
     )
     backbone = SimpleNamespace(
-        pipeline=pipeline, denoiser=pipeline.transformer, pipeline_call=PipelineCall(1000.0, unpack, pack)
+        pipeline=pipeline,
+        denoiser=pipeline.transformer,
+        pipeline_call=PipelineCall(1000.0, unpack, pack),
+        latent_channels=4,
     )
     config = CorrectionConfig(correct=1.0, correction_start=0.5, correction_end=0.6)
     scorer = PushAlong()

@@ -122,3 +122,23 @@ def test_a_shift_survives_samplers_that_add_noise(kind):
     moved = run(4) - run(None)
     alpha = backbone.pipeline.scheduler.alphas_cumprod[int(scheduler.timesteps[4])]
     torch.testing.assert_close(moved, SHIFT / alpha.sqrt(), rtol=2e-3, atol=2e-3)
+
+
+def test_dpm_plus_plus_is_itself_on_a_base_that_samples_by_its_relatives():
+    """DEIS' config would be refused by it, and `sde-dpmsolver++` would draw noise that follows from no seed."""
+    backbone = ConstantNoise()
+    plain = make_scheduler(backbone, "dpm++", 4)
+    relatives = (
+        diffusers.DEISMultistepScheduler.from_config(backbone.pipeline.scheduler.config),
+        diffusers.DPMSolverMultistepScheduler.from_config(
+            backbone.pipeline.scheduler.config, algorithm_type="sde-dpmsolver++"
+        ),
+    )
+    for scheduler in relatives:
+        backbone.pipeline.scheduler = scheduler
+        made = make_scheduler(backbone, "dpm++", 4)
+        assert made.config.algorithm_type == plain.config.algorithm_type == "dpmsolver++"
+        moved = [made.step(NOISE, made.timesteps[0], torch.ones(1, 4, 8, 8)).prev_sample]
+        again = make_scheduler(backbone, "dpm++", 4)
+        moved.append(again.step(NOISE, again.timesteps[0], torch.ones(1, 4, 8, 8)).prev_sample)
+        assert torch.equal(*moved)

@@ -324,3 +324,17 @@ def test_it_is_an_export_of_the_package():
     assert dpt_t2i.SelfCorrection is SelfCorrection
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         dpt_t2i.Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_pipeline_in_half_precision_stays_in_it(sampler):
+    pipeline, correction = corrected_pipeline(sampler)
+    pipeline.to(dtype=torch.bfloat16)
+    half = noise_of().to(torch.bfloat16)
+    plain = run(pipeline, latents=half)
+    with correction.hooked(PROMPTS):
+        every_step = run(pipeline, latents=half)
+    between = run(pipeline, latents=half, callback_on_step_end=correction.callback(PROMPTS))
+    for made in (every_step, between):
+        assert made.dtype == torch.bfloat16 and torch.isfinite(made).all()
+        assert (made - plain).norm() > 1e-2 * plain.norm()

@@ -23,7 +23,7 @@ def world() -> Any:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8])
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_shares_in_order_are_all(world: Any, count: int, size: int) -> None:
     shares = [list(share_of(count, world(rank, size))) for rank in range(size)]
     assert sum(shares, []) == list(range(count))

@@ -9,6 +9,7 @@ import torch
 
 from dpt_t2i.data.examples import Batch
 from dpt_t2i.errors import InputError
+from dpt_t2i.training import encode
 from dpt_t2i.training.encode import Encoder, report_cut
 from tests.tiny import MAX_TOKENS, tiny_backbone
 
@@ -33,6 +34,7 @@ def batch() -> Batch:
         hard_captions=("a blue circle", "", "a blue circle"),
         random_captions=("a blue star", "a red circle", "a green square"),
         has_hard_image=torch.tensor([True, False, False]),
+        hard_pair=torch.tensor([True, False, False]),
         has_random_image=torch.tensor([True, True, False]),
         has_hard_caption=torch.tensor([True, False, True]),
         expressions=("the red circle", "", "the two stars"),
@@ -175,3 +177,22 @@ def test_the_vae_sees_a_few_images_at_a_time(backbone, batch, encoded, monkeypat
     found = Encoder(backbone, K, None, vae_batch_size=4)(batch)
     assert sizes == [4, 2], "six pictures exist: three own, one hard, two random"
     torch.testing.assert_close(found.latents, encoded.latents)
+
+
+def test_a_run_that_goes_on_names_what_was_cut_before_and_not_all_of_a_large_corpus(
+    backbone, batch, tmp_path, caplog, monkeypatch
+):
+    long = " ".join(["red"] * (MAX_TOKENS - 2))
+    for word in ("blue", "green"):  # two parts of one run, each with an encoder of its own
+        encoder = Encoder(backbone, K, None)
+        encoder(replace(batch, captions=(f"{long} {word}", *batch.captions[1:])))
+        report_cut(encoder, tmp_path)
+    rows = [json.loads(line)["cut"] for line in (tmp_path / "cut_texts.jsonl").read_text().splitlines()]
+    assert rows == ["blue", "green"]
+    monkeypatch.setattr(encode, "KEPT", 2)
+    for word in ("star", "square", "circle"):
+        encoder(replace(batch, captions=(f"{long} {word}", *batch.captions[1:])))
+    assert len(encoder.cut) == 2, "no more are held in memory"
+    report_cut(encoder, tmp_path)
+    assert len((tmp_path / "cut_texts.jsonl").read_text().splitlines()) == 2
+    assert "at least 2 texts were over" in caplog.text

@@ -21,6 +21,7 @@ from dpt_t2i.data.examples import Batch, Examples
 from dpt_t2i.data.records import Record
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.errors import InputError, Stopped
+from dpt_t2i.training import signals as signals_room
 from dpt_t2i.training.checkpoint import checkpoints
 from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.engine import Job, _rate_factor, _step, train
@@ -443,11 +444,17 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, accele
     assert rows == [0, 2, 4], "which is made up for"
 
 
-def test_a_second_signal_acts_at_once():
+def test_a_second_ctrl_c_acts_at_once_but_not_what_a_launcher_sends_on(monkeypatch):
+    clock = iter([0.0, 0.5, 9.0]).__next__  # of the first signal, then of each SIGINT behind it
+    monkeypatch.setattr(signals_room.time, "monotonic", clock)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     try:
         with Signals() as signals:
             os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
             assert signals.received == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)

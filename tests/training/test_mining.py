@@ -82,3 +82,13 @@ def test_a_broken_line_ends_it_without_naming_an_option_that_it_lacks(tmp_path):
     with pytest.raises(InputError, match="line 3: key 'file_name' is missing; mend the line") as caught:
         run_mine(MineConfig(dataset=tmp_path, device="cpu"))
     assert "on_bad" not in str(caught.value)
+
+
+def test_a_row_whose_negative_is_a_picture_alone_is_counted_as_none(tmp_path):
+    export_scenes(tmp_path / "scenes", n=4, seed=4)
+    entries = rows(tmp_path / "scenes")
+    for entry in entries:
+        del entry["negatives"]
+    (tmp_path / "scenes" / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    found = run_mine(MineConfig(dataset=tmp_path / "scenes", device="cpu", top_k=1, output_dir=tmp_path / "work"))
+    assert found["captions"] == 0 and found["records"] == 4

@@ -126,17 +126,22 @@ def errors_by_hand(backbone, latents, draw, captions):
     return torch.stack(errors)
 
 
-@pytest.mark.parametrize("lacks", [None, "caption", "image"])
+def without(encoded, lacks):
+    """Example 1 without its hard caption, its hard image, or the one being true of the other; None = with all."""
+    there = torch.tensor([True, False, True])
+    missing = {} if lacks in (None, "pair") else {f"has_hard_{lacks}": there}
+    return encoded if lacks is None else replace(encoded, hard_pair=there, **missing)
+
+
+@pytest.mark.parametrize("lacks", [None, "caption", "image", "pair"])
 def test_each_picture_must_be_predicted_better_under_its_own_caption(parts, lacks):
     """t = 10 is below the lowest timestep asked, and counts as zero; so does what example 1 lacks."""
     backbone, taps, adapter, batch, encoded, draw = parts
-    there = torch.tensor([True, False, True])
-    if lacks:
-        encoded = replace(encoded, **{f"has_hard_{lacks}": there})
+    encoded = without(encoded, lacks)
     how = (backbone, adapter, taps, ItmRecConfig())
     asking = DenoiseConfig(denoise_itm_coef=2.0, denoise_itm_temperature=0.02, denoise_itm_min_timestep=500)
     with torch.no_grad():
-        without = TuneObjective(*how, DenoiseConfig())(encoded, draw, 3.0)
+        usual = TuneObjective(*how, DenoiseConfig())(encoded, draw, 3.0)
         found = TuneObjective(*how, asking)(encoded, draw, 3.0)
         sides = []
         for latents, own, wrong in (
@@ -150,16 +155,15 @@ def test_each_picture_must_be_predicted_better_under_its_own_caption(parts, lack
     if lacks:
         want = want - image[1] - (text[1] if lacks == "caption" else 0)
     torch.testing.assert_close(found.pop("loss_denoise_itm"), want / 6, rtol=1e-3, atol=1e-5)
-    assert found.keys() == without.keys()
-    for name, value in without.items():
+    assert found.keys() == usual.keys()
+    for name, value in usual.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("lacks", [None, "caption", "image"])
+@pytest.mark.parametrize("lacks", [None, "caption", "image", "pair"])
 def test_without_an_adapter_matching_is_the_same(parts, lacks):
     backbone, taps, adapter, _, encoded, draw = parts
-    if lacks:
-        encoded = replace(encoded, **{f"has_hard_{lacks}": torch.tensor([True, False, True])})
+    encoded = without(encoded, lacks)
     asking = DenoiseConfig(denoise_itm_coef=2.0, denoise_itm_min_timestep=500)
     with torch.no_grad():
         alone = DenoiseObjective(backbone, asking)(encoded, draw, 3.0)
@@ -184,12 +188,11 @@ def tuned(parts):
 
 
 @pytest.mark.parametrize("matching", [0.0, 2.0])
-@pytest.mark.parametrize("lacks", [None, "image"])
+@pytest.mark.parametrize("lacks", [None, "image", "pair"])
 def test_a_caption_must_prefer_its_picture_more_than_the_base_does(parts, tuned, lacks, matching):
     """The base's errors are those of a model that never had a LoRA. t = 10 is not asked."""
     plain, taps, adapter, batch, encoded, draw = parts
-    if lacks:
-        encoded = replace(encoded, has_hard_image=torch.tensor([True, False, True]))
+    encoded = without(encoded, lacks)
     asking = DenoiseConfig(
         denoise_dpo_coef=3.0, denoise_dpo_temperature=0.002, denoise_dpo_min_timestep=500, denoise_itm_coef=matching
     )
@@ -207,7 +210,9 @@ def test_a_caption_must_prefer_its_picture_more_than_the_base_does(parts, tuned,
             won = ((own_plain - own) - (hard_plain - hard)) / (0.002 * own_plain)
             want = -torch.sigmoid(won).log()
             assert want[1:].sub(math.log(2)).abs().min() > 0.02  # the LoRA decides something
-            torch.testing.assert_close(found, (want[2] + (0 if lacks else want[1])) / 3, rtol=2e-3, atol=1e-5)
+            torch.testing.assert_close(
+                found, (want[2] + (0 if lacks == "image" else want[1])) / 3, rtol=2e-3, atol=1e-5
+            )
 
 
 def test_the_base_s_errors_take_no_gradient_and_the_lora_is_there_again(parts, tuned):

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = [float(text) for text in args.parts[1::2]]
     backbone = load_backbone(args.base, None, "cpu", "float32")
     parts = {backbone.denoiser_key: backbone.denoiser}
-    reader = diffusers_reader(backbone.pipeline)
+    reader = diffusers_reader(backbone.pipeline, backbone.denoiser)
     layers = [read_lora(file, parts, args.base, reader).layers for file in files]
     place_lora(backbone, mixed(layers, weights), "the mix")
     save_lora(backbone, args.out, {"mixed": list(zip(args.parts[::2], weights, strict=True))})

@@ -15,13 +15,15 @@ from dpt_t2i.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+HALF = "float16"
 COMPILED = "_orig_mod."  # what `torch.compile` puts before the names of a module
 
 
 def weights_hash(module: nn.Module) -> str:
     """16 hex digits of the weights of `module` under its LoRA, if any.
 
-    Values are rounded to bfloat16 first, so that the same checkpoint has one hash, loaded in float32 or bfloat16.
+    Values are rounded to bfloat16 first, so that the same checkpoint has one hash, loaded in float32 or bfloat16. In
+    float16 it has another, unless it is stored so.
     """
     state = {key.replace(COMPILED, ""): value for key, value in module.state_dict().items()}
     plain = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
@@ -64,7 +66,14 @@ def check_fingerprint(made_for: Mapping[str, Any], actual: Mapping[str, Any], wh
                 f"{what} was made for base `{names[0]}` ({key} {theirs.get(key)}), "
                 f"not for `{names[1]}` ({key} {ours.get(key)}); load that base or give an artifact of this one"
             )
-    if differing := _differing_parts(made_for, actual):
+    differing = _differing_parts(made_for, actual)
+    if differing and HALF in (made_for.get("dtype"), actual.get("dtype")):
+        logger.info(
+            "%s was made for base `%s`; whether `%s` has the same weights is not known: float16 rounds them otherwise "
+            "than float32 and bfloat16 do",
+            what, *names,
+        )  # fmt: skip
+    elif differing:
         logger.warning(
             "%s was made for base `%s` (%s); `%s` has the same architecture but other weights (%s)",
             what, names[0], _list(differing, 0), names[1], _list(differing, 1),

@@ -13,7 +13,8 @@ import contextlib
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
@@ -33,9 +34,12 @@ from dpt_t2i.config import PublishedSampling, build_config
 from dpt_t2i.errors import InputError
 
 BUNDLED = "bundled"
+SAMPLING = Path("dpt") / "sampling.json"  # of a base's folder: what its publisher found best
 HUB_ID = re.compile(r"[\w\-]+(\.[\w\-]+)*/[\w\-.]+")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_SHARD = r"(?:-\d{5}-of-\d{5})?"
+_VARIANT = re.compile(rf"[^.]+{_SHARD}\.(?P<variant>\w+){_SHARD}\.(?:safetensors|bin)")  # model.fp16.safetensors
 
 
 def load_backbone(
@@ -57,8 +61,8 @@ def load_backbone(
     if family not in FAMILIES:
         raise InputError(f"{folder}: pipeline class {family} is not supported; supported: {', '.join(FAMILIES)}")
     backbone, options = FAMILIES[family]
-    published = _published_sampling(folder / "dpt" / "sampling.json")
-    pipeline = _load_pipeline(folder, family, options, resolve_device(device), DTYPES[dtype])
+    published = _published_sampling(folder / SAMPLING)
+    pipeline = read_pipeline(folder, family, DTYPES[dtype], options).to(resolve_device(device))
     made = backbone(pipeline, _display_name(name_or_path))
     made.eta, made.guidance_interval = published.eta, (published.guidance_start, published.guidance_end)
     if published.guidance_scale is not None:
@@ -168,20 +172,45 @@ FAMILIES: dict[str, tuple[Callable[[Any, str], Backbone], dict[str, Any]]] = {
 }
 
 
-def _load_pipeline(
-    folder: Path, pipeline_class: str, options: dict[str, Any], device: torch.device, dtype: torch.dtype
+def read_pipeline(
+    folder: Path, pipeline_class: str, dtype: torch.dtype = torch.float32, options: Mapping[str, Any] | None = None
 ) -> Any:
+    """A diffusers pipeline of a folder in `dtype`, but for weights that their library keeps in float32 (some of T5's).
+
+    Args:
+        pipeline_class: its name in diffusers.
+        options: further ones of `from_pretrained`.
+
+    Raises:
+        InputError: a file is missing, cut short or of another library's making; names it.
+    """
     _check_files(folder)
-    with quietly():
+    how: dict[str, Any] = {"local_files_only": True, **(options or {}), **absent_texts(folder)}
+    if (variant := _variant(folder)) is not None:
+        how["variant"] = variant
+    with quietly(), warnings.catch_warnings():
         import diffusers
 
-        family = getattr(diffusers, pipeline_class)
+        warnings.simplefilter("ignore", FutureWarning)  # the old name of `dtype`, which diffusers 0.35 knows alone
+        how["dtype" if diffusers.__version__.startswith("1.") else "torch_dtype"] = dtype
         try:
-            pipeline = family.from_pretrained(folder, local_files_only=True, **options, **absent_texts(folder))
+            pipeline = getattr(diffusers, pipeline_class).from_pretrained(folder, **how)
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise InputError(f"base model {folder} does not load: {str(error).strip().splitlines()[0]}") from error
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(device, dtype)
+        return pipeline
+
+
+def _variant(folder: Path) -> str | None:
+    """Such as `fp16` where a part has its weights under that name alone (`model.fp16.safetensors`)."""
+    for name, entry in _read_index(folder).items():
+        if not isinstance(entry, list) or not (folder / name).is_dir():
+            continue
+        found = [_VARIANT.fullmatch(file.name) for file in _weight_files(folder / name)]
+        named = [match["variant"] for match in found if match is not None]
+        if named and len(named) == len(found):
+            return named[0]
+    return None
 
 
 def absent_texts(folder: Path) -> dict[str, None]:
@@ -254,9 +283,13 @@ def _check_files(folder: Path) -> None:
             _check_tokenizer(folder / name)
 
 
+def _weight_files(part: Path) -> list[Path]:
+    return [file for file in sorted(part.glob("*")) if file.suffix in WEIGHT_SUFFIXES]
+
+
 def _check_part(part: Path) -> None:
     read_json(part / "config.json")
-    weights = [file for file in sorted(part.glob("*")) if file.suffix in WEIGHT_SUFFIXES]
+    weights = _weight_files(part)
     if not weights:
         raise InputError(f"base model {part} holds no weights (*.safetensors); fetch it again")
     for file in weights:
@@ -288,6 +321,8 @@ def _download(name: str, revision: str | None) -> Path:
 
     try:
         folder = Path(DiffusionPipeline.download(name, revision=revision))
+        if not any(map(_weight_files, folder.iterdir())):  # repositories that hold half-precision files alone
+            folder = Path(DiffusionPipeline.download(name, revision=revision, variant="fp16"))
         snapshot_download(name, revision=revision, allow_patterns="dpt/*")  # no part of a pipeline, but ours
         return folder
     except Exception as error:  # the hub's client raises some twenty kinds: offline, no such model, gated, ...

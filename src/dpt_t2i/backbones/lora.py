@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -189,7 +190,10 @@ def load_lora(backbone: Backbone, path: Path, trainable: bool = False) -> dict[s
     if "base" in ours:
         check_fingerprint(ours["base"], backbone.fingerprint(), f"LoRA {file}")
     read = read_lora(
-        file, {backbone.denoiser_key: backbone.denoiser}, backbone.name, diffusers_reader(backbone.pipeline)
+        file,
+        {backbone.denoiser_key: backbone.denoiser},
+        backbone.name,
+        diffusers_reader(backbone.pipeline, backbone.denoiser),
     )
     _place(backbone, read.layers, trainable)
     return ours
@@ -202,7 +206,9 @@ def place_lora(backbone: Backbone, tensors: Mapping[str, Tensor], what: str, tra
         InputError: keys, shapes or ranks that the denoiser does not know.
     """
     parts = {backbone.denoiser_key: backbone.denoiser}
-    layers = layers_of(tensors, parts, what, backbone.name, convert=diffusers_reader(backbone.pipeline))
+    layers = layers_of(
+        tensors, parts, what, backbone.name, convert=diffusers_reader(backbone.pipeline, backbone.denoiser)
+    )
     _place(backbone, layers, trainable)
 
 
@@ -210,7 +216,10 @@ def _place(backbone: Backbone, layers: Mapping[str, LoraLayer], trainable: bool)
     """`layers` by `unet.<module>`, in place of whatever LoRA is there."""
     own = {name.removeprefix(f"{backbone.denoiser_key}."): layer for name, layer in layers.items()}
     remove_lora(backbone)
-    parameters = _inject(backbone, _config_of(own))
+    config = _config_of(own)
+    # A list would be taken for endings too: FLUX's `proj_out` for that of every single block.
+    config.target_modules = "|".join(map(re.escape, own))
+    parameters = _inject(backbone, config)
     state = {f"{name}.lora_A.weight": layer.down for name, layer in own.items()}
     state |= {f"{name}.lora_B.weight": layer.up for name, layer in own.items()}
     set_peft_model_state_dict(backbone.denoiser, state, adapter_name=ADAPTER_NAME)
@@ -237,18 +246,20 @@ def _config_of(layers: Mapping[str, LoraLayer]) -> LoraConfig:
     )
 
 
-def diffusers_reader(pipeline: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+def diffusers_reader(pipeline: Any, denoiser: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
     """diffusers' own reading of foreign names (kohya's and others' for DiT families), None where a family has none.
 
     Args:
         pipeline: a diffusers pipeline or its class.
+        denoiser: its U-Net or transformer, whose config tells a U-Net's numbered blocks.
     """
     read = getattr(pipeline, "lora_state_dict", None)
     if read is None:
         return None
+    how = {"unet_config": denoiser.config} if hasattr(denoiser, "down_blocks") else {}
 
     def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        answer = read(tensors)
+        answer = read(tensors, **how)
         state, alphas = answer if isinstance(answer, tuple) else (answer, None)
         named = {f"{key.removesuffix('.alpha')}.alpha": torch.as_tensor(value) for key, value in (alphas or {}).items()}
         return {**state, **named}

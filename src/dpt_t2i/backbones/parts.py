@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpt_t2i.backbones import latents as vae_latents
-from dpt_t2i.backbones.fingerprint import part_hashes, weights_hash
+from dpt_t2i.backbones.fingerprint import HALF, part_hashes, weights_hash
 from dpt_t2i.backbones.flow_noising import FlowNoising
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.backbones.noising import Noising
@@ -60,6 +60,7 @@ class PipelineParts(ABC):
         return {
             "architecture": dict(architecture),
             "name": self.name,
+            **({"dtype": HALF} if self.dtype == torch.float16 else {}),
             **(self._hashes or self._read_hashes()),
         }
 

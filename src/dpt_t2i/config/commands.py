@@ -168,6 +168,9 @@ class DiscriminationConfig(Section):
         (500, 250), description="timestep of the judged latent; may be given several times"
     )
     eval_batch_size: Positive = Field(32, description="examples at once; never changes a score")
+    all_expressions: bool = Field(
+        False, description="grounding: every expression of a record, as RefCOCO counts; off = one a record"
+    )
     output_dir: Path = Field(Path("runs/discrimination"), description="evaluation folder")
     seed: int = Field(0, ge=0, description="seed of the noise, shared by an example's positive and negatives")
 

@@ -307,7 +307,8 @@ class SampleConfig(Section):
 
     steps: Positive = Field(50, description="sampling steps")
     guidance_scale: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="classifier-free or distilled guidance; 1 = off; default: the base's, or its family's"
+        None,
+        description="classifier-free (1 and less = off) or distilled guidance; default: the base's, or its family's",
     )
     guidance_start: Fraction | None = Field(
         None, description="first guided fraction of the schedule; before it as at scale 1; default: the base's, or 0"

@@ -41,7 +41,12 @@ def run_perturb(config: PerturbConfig) -> dict[str, Any]:
 
 
 def _negatives(row: dict[str, Any], index: int, config: PerturbConfig) -> list[dict[str, str]]:
-    """Those of a row's captions that it does not have yet, and that are not another of its captions."""
+    """Those of a row's captions that it does not have yet, and that are not another of its captions.
+
+    None for a row whose negative is a picture alone: the first caption would be taken for true of that.
+    """
+    if row.get("negative_file") and not row.get("negatives"):
+        return []
     taken = {text.casefold() for text in row["captions"]}
     taken |= {negative["caption"].casefold() for negative in row.get("negatives") or ()}
     added = []

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 Choice = TypeVar("Choice")
 MakeNegatives = Callable[[str], Sequence[Negative]]  # hard captions of a caption, made by rule; () where none applies
+PATIENCE = 3.0  # seconds in which several signals are one
 TRIES = 20  # draws for a random negative that shows another picture and has another caption
 
 
@@ -45,6 +48,7 @@ class Item:
     expression: Expression | None  # None: nothing to ground
     boxes: Tensor  # [n, 4] cxcywh in [0, 1], of the expression; n = 0 without one
     record: int  # row of the source
+    hard_pair: bool = False  # whether the hard caption is true of the hard picture
     skipped: tuple[str, ...] = ()  # what is wrong with the records in whose place it stands
 
 
@@ -61,6 +65,7 @@ class Batch:
     has_hard_image: Tensor  # [B] bool
     has_random_image: Tensor  # [B] bool
     has_hard_caption: Tensor  # [B] bool
+    hard_pair: Tensor  # [B] bool: the hard caption is true of the hard image
     expressions: tuple[str, ...]
     spans: tuple[tuple[tuple[int, int], ...], ...]  # B x n_i character ranges of the expression, one a box
     boxes: tuple[Tensor, ...]  # B tensors [n_i, 4] cxcywh in [0, 1]
@@ -105,8 +110,7 @@ class View:
             return self._picture(record, row, caption, rng, size)
         expression = _choose(record.expressions, rng)
         negatives = hard_captions(record, caption, self.make_negatives)
-        paired = record.negative_image is not None and not record.more_negative_images
-        negative = _first(negatives) if paired else _choose(negatives, rng)
+        negative = negatives[0] if record.has_pair else _choose(negatives, rng)
         hard_image = int(rng.integers(1 + len(record.more_negative_images))) if record.more_negative_images else 0
         other, random_caption = random_negative(records, row, caption, rng)
         texts = (caption, negative.caption if negative else "", expression.text if expression else "")
@@ -125,6 +129,7 @@ class View:
             expression=expression,
             boxes=boxes,
             record=row,
+            hard_pair=record.has_pair,
         )
 
     def _picture(self, record: Record, row: int, caption: str, rng: np.random.Generator, size: tuple[int, int]) -> Item:
@@ -247,13 +252,22 @@ class Examples(Dataset[Item]):
 
 
 def bear_a_signal(_worker: int) -> None:
-    """In a loader's process the first SIGTERM is let pass.
+    """In a loader's process the first SIGTERM or SIGINT is let pass, and what comes close behind it.
 
-    Who takes a machine away signals all processes of a run; this one is needed until the step is done, and ends with
-    its loader.
+    Who takes a machine away signals all processes of a run, and the launcher sends it on to them once more; this one is
+    needed until the step is done, and ends with its loader.
     """
+    since: list[float] = []
+
+    def bear(number: int, _frame: FrameType | None) -> None:
+        since.append(time.monotonic())
+        if since[-1] - since[0] > PATIENCE:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, bear)
 
 
 def random_negative(records: Sequence[Record], row: int, caption: str, rng: np.random.Generator) -> tuple[Record, str]:
@@ -330,6 +344,7 @@ def collate(items: Sequence[Item]) -> Batch:
         has_hard_image=torch.tensor([item.hard_pixels is not None for item in items]),
         has_random_image=torch.tensor([item.random_pixels is not None for item in items]),
         has_hard_caption=torch.tensor([item.hard_caption is not None for item in items]),
+        hard_pair=torch.tensor([item.hard_pair for item in items]),
         expressions=tuple(item.expression.text if item.expression else "" for item in items),
         spans=tuple(item.expression.spans if item.expression else () for item in items),
         boxes=tuple(item.boxes for item in items),
@@ -345,7 +360,3 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 def _choose(choices: Sequence[Choice], rng: np.random.Generator) -> Choice | None:
     return choices[int(rng.integers(len(choices)))] if choices else None
-
-
-def _first(choices: Sequence[Choice]) -> Choice | None:
-    return choices[0] if choices else None

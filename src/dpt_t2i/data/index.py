@@ -53,10 +53,11 @@ class RecordIndex(Sequence[Record]):
             None if record.negative_image is None else self._put(record.negative_image),
             record.image_id,
             tuple(map(self._put, record.more_negative_images)),
+            record.paired,
         )
 
     def _unpack(self, row: tuple[Any, ...]) -> Record:
-        identity, source, image, captions, expressions, negatives, negative_image, image_id, more = row
+        identity, source, image, captions, expressions, negatives, negative_image, image_id, more, paired = row
         return Record(
             identity,
             source,
@@ -67,6 +68,7 @@ class RecordIndex(Sequence[Record]):
             None if negative_image is None else self._get(negative_image),
             image_id,
             tuple(map(self._get, more)),
+            paired,
         )
 
     def _put(self, image: ImageSource) -> str | int:

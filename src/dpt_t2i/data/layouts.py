@@ -10,13 +10,15 @@ from dpt_t2i.config import DataConfig
 from dpt_t2i.data.shards import is_address, shard_names
 from dpt_t2i.errors import InputError
 
+TAR_ENDS = (".tar", ".tar.gz", ".tgz")
+
 # Names of annotation files below `dataset`; {split} is the split's name.
 PATTERNS = {
     "coco": tuple(f"{at}{kind}_{{split}}*.json" for at in ("annotations/", "") for kind in ("captions", "instances")),
     "refcoco": ("refs(*).p", "instances.json"),
     "mdetr": ("*_{split}.json", "annotations/*_{split}.json"),
     "hard_negatives": ("{split}*.tsv", "{split}*/imgname2txtid.json"),
-    "webdataset": ("{split}*.tar", "{split}/*.tar"),
+    "webdataset": tuple(f"{{split}}{at}*{end}" for at in ("", "/") for end in TAR_ENDS),
 }
 
 
@@ -50,12 +52,14 @@ def streamed_shards(config: DataConfig) -> tuple[list[str], list[str]]:
     Raises:
         InputError: there are no shards, only one, or a file that does not exist.
     """
-    if config.dataset.endswith(".tar"):
+    if is_address(config.dataset) or config.dataset.endswith(TAR_ENDS):
         train = [name for part in config.dataset.split(",") for name in shard_names(part)]
         missing = [name for name in train if not is_address(name) and not Path(name).is_file()]
         if missing:
             raise InputError(f"shard {missing[0]} does not exist ({len(missing)} of {len(train)} are missing)")
-        held_out = [str(path) for path in config.val_annotations]
+        held_out = [
+            re.sub(r"^(https?):/+", r"\1://", str(path)) for path in config.val_annotations
+        ]  # a path loses one /
     else:
         train, held_out = (
             [str(path) for path in annotation_files(config, "webdataset", split, held)]

@@ -9,6 +9,7 @@ show, unmentioned, what a `replace_*` negative names.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -141,15 +142,19 @@ class Sentence:
         return new if new[:2].isupper() else new[0].lower() + new[1:]
 
 
-def perturb(caption: str, seed: int = 0, index: int = 0, rules: Sequence[str] | None = None) -> list[Negative]:
+def perturb(
+    caption: str, seed: int = 0, index: int | None = None, rules: Sequence[str] | None = None
+) -> list[Negative]:
     """False captions, at most one of each rule, in the order of `RULES`; the same for the same arguments.
 
     Args:
         caption: English, one sentence.
-        seed, index: of the choice among the ways in which a rule applies.
+        seed, index: of the choice among the ways in which a rule applies; without an index each caption has one of its
+            own, so that no word is the false one more often than others.
         rules: names of `RULES`; None = all.
     """
     sentence = Sentence(caption)
+    index = zlib.crc32(caption.encode()) if index is None else index
     found = []
     for number, (rule, candidates) in enumerate(RULES.items()):
         if rules is not None and rule not in rules:

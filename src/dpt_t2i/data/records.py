@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from dpt_t2i.errors import InputError
+from dpt_t2i.pictures import as_rgb, read_picture, upright_size
 
 ImageSource = Path | Callable[[], Image.Image]
 
@@ -45,6 +46,7 @@ class Record:
     negative_image: ImageSource | None = None  # an image of which negatives[0].caption is true and captions[0] is not
     image_id: str = ""  # of the picture in COCO, where it comes from there: several records and data sets share it
     more_negative_images: tuple[ImageSource, ...] = ()  # mined ones; then no caption belongs to any of them
+    paired: bool = True  # False: negatives[0].caption need not be true of negative_image either
 
     def load_image(self) -> Image.Image:
         """The image in RGB; raises `InputError` naming the file if it is missing or broken."""
@@ -52,7 +54,7 @@ class Record:
 
     def image_size(self) -> tuple[int, int]:
         """Width and height in pixels, of a file by its header alone; errors as in `load_image`."""
-        return load_picture(self.image, whole=False).size
+        return read_picture(self.image, upright_size) if isinstance(self.image, Path) else self.image().size
 
     def load_negative_image(self, number: int = 0) -> Image.Image | None:
         """A hard-negative image in RGB (0 = `negative_image`), or None where the record has none."""
@@ -66,6 +68,11 @@ class Record:
             check_inside(boxes, size)
         except ValueError as error:
             raise InputError(f"{self.source}/{self.id}: {error}; mend it, or use on_bad: skip") from error
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether `negatives[0]` is true of `negative_image`."""
+        return bool(self.paired and self.negatives and self.negative_image and not self.more_negative_images)
 
     @property
     def picture(self) -> str:
@@ -89,12 +96,6 @@ def check_inside(boxes: Sequence[tuple[float, float, float, float]], size: tuple
             )
 
 
-def load_picture(source: ImageSource, whole: bool = True) -> Image.Image:
-    """The picture in RGB, of a file perhaps its header alone; raises `InputError` naming a missing or broken file."""
-    if not isinstance(source, Path):
-        return source()
-    try:
-        with Image.open(source) as image:
-            return image.convert("RGB") if whole else image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read image {source}: {error}; replace or remove the file") from error
+def load_picture(source: ImageSource) -> Image.Image:
+    """The picture in RGB; raises `InputError` naming a missing or broken file."""
+    return read_picture(source, as_rgb) if isinstance(source, Path) else source()

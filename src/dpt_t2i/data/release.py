@@ -56,6 +56,7 @@ def _record(row: Mapping[str, Any], key: str, source: str, root: Path) -> Record
         negative_image=images[0] if images else None,
         image_id=coco_image_id(name),
         more_negative_images=tuple(images[1:]),
+        paired=False,
     )
 
 

@@ -20,13 +20,14 @@ from typing import IO, Any
 from urllib.parse import urlparse
 from urllib.request import urlopen
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dpt_t2i.data.faults import Faults, sound
 from dpt_t2i.data.fields import table
 from dpt_t2i.data.imagefolder import native_record
 from dpt_t2i.data.records import ImageSource, Record
 from dpt_t2i.errors import InputError
+from dpt_t2i.pictures import as_rgb, read_picture
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # {000..127} of a shard's name
@@ -81,13 +82,7 @@ class EncodedImage:
 
 def decode(data: bytes, name: str) -> Image.Image:
     """Bytes of a picture file -> RGB; raises `InputError` naming it."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:  # whose own words name an address in memory, another each time
-        raise InputError(f"cannot read image {name}: cannot identify its format; replace or remove it") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read image {name}: {error}; replace or remove it") from error
+    return read_picture(io.BytesIO(data), as_rgb, name, "replace or remove it")
 
 
 def read_shards(shards: Sequence[Path], faults: Faults | None = None) -> Iterator[Record]:

@@ -71,7 +71,10 @@ def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[R
         records = RecordIndex(read_source(config, split, faults))
         if split == "train":
             records = _without_held_out(config, records)
-        records = records[: config.val_samples if split == "val" else config.max_samples]
+        limit, found = config.val_samples if split == "val" else config.max_samples, len(records)
+        records = records[:limit]
+        if split == "val" and len(records) < found:
+            log.info("val: the first %d of %d held-out records; --val_samples takes more", len(records), found)
     else:
         records = RecordIndex(read_source(config, "train", faults))
         if len(records) < config.val_samples + 2:
@@ -159,6 +162,11 @@ def _format(config: DataConfig) -> str:
     return "imagefolder"
 
 
+def holds_out_tail(config: DataConfig) -> bool:
+    """Whether the held-out records are the last `val_samples` of the source, which has no held-out part of its own."""
+    return config.dataset != "scenes" and not is_streamed(config) and not _has_own(config, "val")
+
+
 def _has_own(config: DataConfig, side: Side) -> bool:
     """Whether the source has a held-out part of its own."""
     form = _format(config)
@@ -177,7 +185,7 @@ def _without_held_out(config: DataConfig, records: Sequence[Record]) -> Sequence
     own = annotation_files(config, form, config.train_split, False) if form == "refcoco" else ()
     excluded = excluded_pictures(config, own)
     if not excluded:
-        if form in ("coco", "hard_negatives") and any(record.image_id for record in records[:1]):
+        if form in ("coco", "hard_negatives", "mdetr") and any(record.image_id for record in records[:1]):
             log.warning(
                 "nothing is left out of training: COCO's train2014 holds the pictures of RefCOCO's validation and "
                 "test; before measuring on those give --exclude_refs 'refs(unc).p' (and umd, google)"

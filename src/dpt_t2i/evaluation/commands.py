@@ -11,15 +11,17 @@ from accelerate import PartialState
 
 from dpt_t2i.backbones.fingerprint import part_hashes
 from dpt_t2i.config import AlignmentConfig, DiscriminationConfig, ScoreConfig
+from dpt_t2i.data.index import RecordIndex
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.alignment import run_arms
 from dpt_t2i.evaluation.arms import check_weights
-from dpt_t2i.evaluation.examples import HeldOut
+from dpt_t2i.evaluation.examples import HeldOut, each_expression
 from dpt_t2i.evaluation.itm import itm_scores, itm_summary
 from dpt_t2i.evaluation.miner import miner_warnings
 from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
 from dpt_t2i.evaluation.rec import rec_oracle, rec_ranks, rec_summary
+from dpt_t2i.evaluation.seen import seen_warnings
 from dpt_t2i.sampling.annotate import annotate
 from dpt_t2i.sampling.images import open_image
 from dpt_t2i.sampling.model import T2IModel, load_model, open_model
@@ -79,8 +81,10 @@ def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
     Several processes score a part each; the main one writes.
 
     Raises:
-        InputError: no adapter, no record with a hard negative, or a NaN (names the example).
+        InputError: no adapter, no record with a hard negative, `all_expressions`, or a NaN (names the example).
     """
+    if config.all_expressions:
+        raise InputError("all_expressions is for `dpt evaluate rec`; matching reads one caption a record")
     state = processes(config.model.device)
     scorer = _scorer(config)
     examples = _examples(config, scorer, state)
@@ -96,6 +100,7 @@ def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
         )
     write_rows(config.output_dir / "itm_scores.jsonl", (asdict(row) for row in rows))
     warnings = miner_warnings(Path(config.data.dataset), part_hashes(scorer.backbone.pipeline), "matching score")
+    warnings += seen_warnings(config.data, scorer.adapter.origin)
     result = {"timesteps": summary, "warnings": warnings} | _origin(config, len({row.id for row in rows}))
     write_json(config.output_dir / "itm.json", result)
     return result | {"summary": [*_lines(summary, ("text", "image", "both")), *warnings]}
@@ -122,10 +127,13 @@ def run_rec(config: DiscriminationConfig) -> dict[str, Any]:
         raise InputError(f"data set `{config.data.dataset}` has no expressions; give records with `expressions`")
     summary, oracle = rec_summary(rows), rec_summary(blind, at=(1,))
     write_rows(config.output_dir / "rec_ranks.jsonl", (asdict(row) for row in rows))
-    result = {"timesteps": summary, "oracle": oracle} | _origin(config, len({row.id for row in rows}))
+    warnings = seen_warnings(config.data, scorer.adapter.origin)
+    result = {"timesteps": summary, "oracle": oracle, "warnings": warnings}
+    result |= _origin(config, len({row.id for row in rows}))
     write_json(config.output_dir / "rec.json", result)
     lines = _lines(summary, ("precision@1", "precision@5", "precision@10"))
-    return result | {"summary": lines + [f"oracle, {line}" for line in _lines(oracle, ("precision@1",))]}
+    lines += [f"oracle, {line}" for line in _lines(oracle, ("precision@1",))]
+    return result | {"summary": [*lines, *warnings]}
 
 
 def _scorer(config: DiscriminationConfig) -> MatchScorer:
@@ -146,6 +154,8 @@ def _examples(config: DiscriminationConfig, scorer: MatchScorer, state: PartialS
     """This process's part of the held-out examples."""
     size = config.data.resolution or min(scorer.backbone.image_size)
     records = open_records(config.data, "val", size)
+    if config.all_expressions:
+        records = RecordIndex(each_expression(records))
     return HeldOut(records, size, share_of(len(records), state))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -65,6 +65,14 @@ def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExam
             expression=expression.text if expression else None,
             boxes=boxes if expression else None,
         )
+
+
+def each_expression(records: Iterable[Record]) -> Iterator[Record]:
+    """Every record once for each of its expressions that has a box, with that one alone."""
+    for record in records:
+        for number, expression in enumerate(record.expressions):
+            if expression.boxes:
+                yield replace(record, id=f"{record.id}#{number}", expressions=(expression,))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpt_t2i.backbones.fingerprint import check_fingerprint, part_hashes, weights_hash
-from dpt_t2i.backbones.loading import DTYPES, absent_texts, choose_artifacts
+from dpt_t2i.backbones.loading import DTYPES, SAMPLING, choose_artifacts, read_pipeline
 from dpt_t2i.backbones.lora import LORA_FILE, diffusers_reader, lora_file, lora_metadata
 from dpt_t2i.backbones.lora_files import DIFFUSERS_HEADER_KEY, HEADER_KEY, LoraFile, LoraLayer, read_lora
 from dpt_t2i.config import ExportConfig
@@ -46,7 +46,10 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     if adapter is not None:
         _adapter_card(adapter)  # refused before anything is written
     lora = read_lora(
-        lora_file(chosen), {base.denoiser_key: base.denoiser}, base.name, diffusers_reader(base.lora_reader())
+        lora_file(chosen),
+        {base.denoiser_key: base.denoiser},
+        base.name,
+        diffusers_reader(base.lora_reader(), base.denoiser),
     )
     _check_base(lora, base)
     title = config.title or f"{base.name.rpartition('/')[2]}-dpt"
@@ -95,24 +98,21 @@ def write_merged(
     Raises:
         InputError: `folder` holds something already, or the base does not load.
     """
-    from diffusers import DiffusionPipeline
-
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"output folder {folder} is not empty; give a new one for a merged model")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(base.folder, local_files_only=True, **absent_texts(base.folder))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"base model {base.folder} does not load: {str(error).strip().splitlines()[0]}") from error
+    pipeline = read_pipeline(base.folder, "DiffusionPipeline")
     denoiser: nn.Module = getattr(pipeline, base.denoiser_key)
     _check_base(lora, base, {"weights": weights_hash(denoiser), "parts": part_hashes(pipeline)})
     for name, layer in lora.layers.items():
         weight: Any = denoiser.get_submodule(name.removeprefix(f"{base.denoiser_key}.")).weight
         weight.data += change_of(layer).to(weight.dtype)
-    if dtype != torch.float32:
-        pipeline.to(dtype=dtype)
+    pipeline.to(dtype=dtype)
     unfinished = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     pipeline.save_pretrained(unfinished)
+    if (sampling := base.folder / SAMPLING).is_file():
+        (unfinished / SAMPLING).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(sampling, unfinished / SAMPLING)
     if adapter is not None:  # where `dpt` looks for the adapter of a plain base
         now = {"name": folder.resolve().name, "weights": weights_hash(denoiser), "lora": None}
         copy_adapter(adapter, unfinished / "dpt" / "probe" / "adapter", now | {"parts": part_hashes(pipeline)})

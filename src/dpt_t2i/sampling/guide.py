@@ -41,6 +41,9 @@ class Guide:
                 place of our own where it has the same shape, so that weighted prompts are judged as they are drawn.
         """
         call = self.backbone.pipeline_call
+        if call.pack is not None:
+            blank = latents.new_zeros(1, self.backbone.latent_channels, *self.size)
+            self._require_size(latents.shape[1] == call.pack(blank).shape[1])
         z = latents if call.unpack is None else call.unpack(latents, *self.size)
         self.scorer.adapter.to(z.device)
         timesteps = timestep.to(z.device).expand(len(z))
@@ -48,6 +51,20 @@ class Guide:
         text = self._text_of(len(z), tokens).to(z.device)
         moved, scores = correct(z, timesteps, text, score=self.scorer, strength=strength, rule=rule)
         return moved if call.pack is None else call.pack(moved), scores
+
+    def check_places(self, places: Tensor | None) -> None:
+        """Refuse a picture of another shape than was told, by the places `[N, 3]` of its tokens (FLUX's `img_ids`)."""
+        if places is not None:
+            rows, columns = (int(places[..., axis].max()) + 1 for axis in (1, 2))
+            self._require_size(rows * self.size[1] == columns * self.size[0])
+
+    def _require_size(self, fits: bool) -> None:
+        if not fits:
+            height, width = (side * self.backbone.vae_scale for side in self.size)
+            raise InputError(
+                f"the pipeline draws another size than the {height} x {width} pixels that self-correction was told; "
+                "give it the `height` and `width` of the call"
+            )
 
     def _text_of(self, images: int, tokens: Tensor | None) -> TextStates:
         """A text for each image; pipelines lay out all the images of a prompt one after the other."""

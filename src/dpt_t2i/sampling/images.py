@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dpt_t2i.errors import InputError
+from dpt_t2i.pictures import as_rgb, read_picture
 
 PADDING = (127, 127, 127)  # about 0 in [-1, 1]
 
@@ -30,11 +30,7 @@ class Placement:
 
 def open_image(path: Path) -> Image.Image:
     """An image file as RGB. Raises `InputError` where it cannot be read, or is too large to be opened safely."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read image {path}: {error}; give a PNG or JPEG file") from error
+    return read_picture(path, as_rgb, mend="give a PNG or JPEG file")
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
@@ -46,7 +42,7 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 def letterbox(picture: Image.Image, height: int, width: int) -> tuple[Tensor, Placement]:
     """The whole picture, never squashed, centred on a grey canvas: pixels `[1, 3, height, width]` in [-1, 1]."""
-    picture = picture.convert("RGB")
+    picture = as_rgb(picture, upright=False)  # boxes are told in its own pixels
     scale = min(width / picture.width, height / picture.height)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     canvas = Image.new("RGB", (width, height), PADDING)

@@ -176,7 +176,7 @@ def _corrected(
 
 def _scales(text: TextStates, steps: int, backbone: Backbone, settings: SampleConfig) -> tuple[TextStates, list[float]]:
     """What the conditional branch is told, and the scale of each step: 1 outside the guided part of the schedule
-    (Kynkaanniemi et al., 2024, "Applying guidance in a limited interval").
+    (Kynkaanniemi et al., 2024, "Applying guidance in a limited interval"), and where less than 1 was asked for.
 
     Where guidance is distilled into the denoiser, the scale is one of its inputs and there is one branch.
     """
@@ -184,6 +184,7 @@ def _scales(text: TextStates, steps: int, backbone: Backbone, settings: SampleCo
     if start > end:
         raise InputError(f"guidance_start {start:g} lies behind guidance_end {end:g}; exchange them")
     if GUIDANCE not in text.extras:
+        scale = max(scale, 1.0)  # at 0, which models distilled to few steps are given, diffusers does not guide either
         return text, [scale if start <= index / steps < end else 1.0 for index in range(steps)]
     if (start, end) != (0.0, 1.0):
         raise InputError(

@@ -30,6 +30,7 @@ class T2IModel:
         self.backbone = backbone
         self.adapter = adapter
         self._parts: dict[str, str] | None = None
+        self._weights: str | None = None
         self.scorer = None if adapter is None else MatchScorer.of(backbone, adapter)
 
     @property
@@ -98,7 +99,8 @@ class T2IModel:
     def settings(self, config: GenerateConfig) -> dict[str, Any]:
         """Plain JSON of all that decides an image beside prompt and seed: weights by hash, every setting by value."""
         height, width = self.backbone.image_size
-        self._parts = self._parts or part_hashes(self.pipeline)  # read once: seconds for a big text encoder
+        self._parts = self._parts or part_hashes(self.pipeline)  # read once: seconds for a big model
+        self._weights = self._weights or weights_hash(self.backbone.denoiser)
         base = {
             "guidance_scale": guidance_of(self.backbone, config.sample),
             "eta": eta_of(self.backbone, config.sample),
@@ -106,7 +108,7 @@ class T2IModel:
         if (interval := guidance_interval_of(self.backbone, config.sample)) != (0.0, 1.0):
             base |= {"guidance_start": interval[0], "guidance_end": interval[1]}
         return {
-            "base": {"name": self.backbone.name, "weights": weights_hash(self.backbone.denoiser), "parts": self._parts},
+            "base": {"name": self.backbone.name, "weights": self._weights, "parts": self._parts},
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "lora": lora_hash(self.backbone.denoiser),
             "lora_sizes": [list(pair) for pair in lora_sizes(self.backbone)],

@@ -87,6 +87,7 @@ class DenoiserHook:
         position, steps = _position(pipeline, timestep)
         if not self.guide.wanted(position, steps):
             return None
+        self.guide.check_places(kwargs.get("img_ids"))
         exact = _timestep_at(pipeline, position, steps)  # what the denoiser is given may be rounded to its dtype
         corrected = self._correct(latents, exact, kwargs.get("encoder_hidden_states"))
         return ((corrected, *args[1:]), kwargs) if args else (args, kwargs | {name: corrected})

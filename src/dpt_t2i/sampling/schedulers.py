@@ -53,8 +53,9 @@ def make_scheduler(backbone: Backbone, name: str, steps: int, latent_size: tuple
     }
     # Latents are not pixels: DDIM's default of clipping z_0 to [-1, 1] is wrong for them. diffusers' pipelines mend the
     # config of old checkpoints in the same way.
-    latent = {"clip_sample": False} if name == "ddim" else {}
-    scheduler = classes[name].from_config(backbone.pipeline.scheduler.config, **latent)
+    # A base's own sampler may be of another kind (DEIS) or draw noise that follows from no image's seed (sde-).
+    own: dict[str, dict[str, Any]] = {"ddim": {"clip_sample": False}, "dpm++": {"algorithm_type": "dpmsolver++"}}
+    scheduler = classes[name].from_config(backbone.pipeline.scheduler.config, **own.get(name, {}))
     scheduler.set_timesteps(steps, device=backbone.device)
     return scheduler
 
@@ -68,8 +69,10 @@ def _flow_scheduler(backbone: Backbone, name: str, steps: int, latent_size: tupl
             f"scheduler `{name}` is not for flow matching, which base `{backbone.name}` uses; give {known}"
         )
     height, width = latent_size or [side // backbone.vae_scale for side in backbone.image_size]
+    config = backbone.pipeline.scheduler.config
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
-        backbone.pipeline.scheduler.config,
+        config,
+        shift=config.get("shift", config.get("flow_shift", 1.0)),  # the latter is what UniPC and DPM++ call it
         stochastic_sampling=False,  # its noise would follow from no image's seed
     )
     schedule = cast(FlowSchedule, backbone).schedule(steps, height, width)
@@ -129,10 +132,11 @@ def shift_memory(scheduler: Any, shift: Tensor) -> None:
     clean_shift = shift / now
     if _remembers_clean(scheduler):
         scheduler.model_outputs = [
-            None if output is None else output + clean_shift for output in scheduler.model_outputs
+            None if output is None else (output + clean_shift).to(output.dtype) for output in scheduler.model_outputs
         ]
     if getattr(scheduler, "last_sample", None) is not None:
-        scheduler.last_sample = scheduler.last_sample + clean_shift * before
+        moved = scheduler.last_sample + clean_shift * before
+        scheduler.last_sample = moved.to(scheduler.last_sample.dtype)  # UniPC's next latents get its dtype
 
 
 def _alpha(scheduler: Any, sigma: Tensor) -> Tensor:

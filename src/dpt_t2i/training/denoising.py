@@ -110,7 +110,7 @@ def by_error(
     errors = _errors(backbone, batch, draw, seen.prediction, seen.images, blocks)
     if config.denoise_itm_coef > 0:
         text = compared(draw, config) & batch.has_hard_caption
-        both = text & batch.has_hard_image
+        both = text & batch.hard_pair
         loss = denoise_itm_loss(
             torch.cat([errors[OWN, text], errors[TWIN, both]]),
             torch.cat([errors[HARD_CAPTION, text], errors[HARD_IMAGE, both]]),

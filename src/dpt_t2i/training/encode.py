@@ -24,7 +24,8 @@ from dpt_t2i.training.cached import CachedEncodings
 
 log = logging.getLogger(__name__)
 
-SHOWN = 10  # cut texts that the log names; the run folder gets them all
+SHOWN = 10  # cut texts that the log names
+KEPT = 10_000  # that the run folder names; a large corpus of long captions would fill the memory
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Encoded:
     null: Tensor  # [1] row of the empty text
     has_hard_image: Tensor  # [B] bool
     has_hard_caption: Tensor  # [B] bool
+    hard_pair: Tensor  # [B] bool: the hard caption is true of the hard image
     grounding_tokens: Tensor  # [B, L, D] token states of the expressions, of the grounding encoder
     grounding_mask: Tensor  # [B, L] bool
     targets: GroundingTargets
@@ -100,6 +102,7 @@ class Encoder:
             null=torch.tensor([row[""]], device=device),
             has_hard_image=batch.has_hard_image.to(device),
             has_hard_caption=batch.has_hard_caption.to(device),
+            hard_pair=batch.hard_pair.to(device),
             grounding_tokens=tokens,
             grounding_mask=mask,
             targets=self._targets(batch, offsets).to(device),
@@ -113,7 +116,7 @@ class Encoder:
         """Keep the texts that are over the limit; the log names the first few of a run."""
         for text, offsets in zip(texts, self.backbone.token_offsets(texts), strict=True):
             end = max(end for _, end in offsets)
-            if end < len(text.rstrip()) and text not in self.cut:
+            if end < len(text.rstrip()) and text not in self.cut and len(self.cut) < KEPT:
                 self.cut[text] = text[end:].strip()
                 if len(self.cut) <= SHOWN:
                     log.warning(
@@ -165,11 +168,25 @@ class Encoder:
 
 
 def report_cut(encoder: Encoder, folder: Path) -> None:
-    """Say how many of the texts that all processes saw were cut, and write which to `cut_texts.jsonl`."""
+    """Say how many of the texts that all processes saw were cut, and write which to `cut_texts.jsonl`.
+
+    What the file names already, of the part of a run that was stopped, stays; at most `KEPT` texts are named.
+    """
     state = PartialState()
-    cut = dict(gathered(list(encoder.cut.items()), state))
+    cut = dict(gathered(list(encoder.cut.items())[: KEPT // state.num_processes], state))
     if cut and state.is_main_process:
         file = folder / "cut_texts.jsonl"
-        lines = [json.dumps({"text": text, "cut": lost}, ensure_ascii=False) for text, lost in sorted(cut.items())]
+        cut |= _named_before(file)
+        named = sorted(cut.items())[:KEPT]
+        lines = [json.dumps({"text": text, "cut": lost}, ensure_ascii=False) for text, lost in named]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        log.warning("%d texts were over the text encoder's limit and cut; %s names them", len(cut), file)
+        many = f"at least {KEPT}" if len(cut) >= KEPT else f"{len(cut)}"
+        log.warning("%s texts were over the text encoder's limit and cut; %s names them", many, file)
+
+
+def _named_before(file: Path) -> dict[str, str]:
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {row["text"]: row["cut"] for row in rows}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}  # there is none, or a kill cut it short

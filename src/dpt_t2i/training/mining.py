@@ -47,7 +47,7 @@ def run_mine(config: MineConfig) -> dict[str, Any]:
     write_mined(config.dataset, encoder, settings, rows, found)
     mined = add_mined(rows, found)
     write_rows(config.dataset, mined)
-    captions = sum(negative["rule"] == RULE for row in mined for negative in row["negatives"])
+    captions = sum(negative["rule"] == RULE for row in mined for negative in row.get("negatives") or ())
     bare = sum(not row.captions for row in found)
     return {
         "records": len(records),

@@ -95,8 +95,9 @@ class TuneObjective(nn.Module):
     Examples with a dropped caption get one more row in the full pass, whose text is empty. With a teacher the example's
     picture goes through the full pass under its two wrong captions too, and all three predictions are held to the
     teacher's. With `denoise_itm_coef` the picture and its hard negative go through it under both of their captions, and
-    each must be predicted better under its own; with `denoise_dpo_coef` the picture and its hard negative go through it
-    under the picture's caption, and the picture must gain more on the base, which predicts both first.
+    each must be predicted better under its own; the picture alone where the hard caption need not be true of the hard
+    one. With `denoise_dpo_coef` the picture and its hard negative go through it under the picture's caption, and the
+    picture must gain more on the base, which predicts both first.
 
     Args:
         cut: block behind which the denoising loss sends no gradient into its map (`detach_unet_feature`).
@@ -127,8 +128,8 @@ class TuneObjective(nn.Module):
         reference = reference_errors(self.backbone, batch, draw, self.denoise)
         held = torch.full_like(by_text, self.teacher is not None)
         whole = plan.is_of(OWN) | plan.is_of(HARD_CAPTION, by_text | held)
-        whole |= plan.is_of(RANDOM_CAPTION, held) | plan.is_of(HARD_IMAGE, by_text | by_image)
-        twins = (by_text & batch.has_hard_caption & batch.has_hard_image).nonzero()[:, 0]
+        whole |= plan.is_of(RANDOM_CAPTION, held) | plan.is_of(HARD_IMAGE, by_text & batch.hard_pair | by_image)
+        twins = (by_text & batch.hard_pair).nonzero()[:, 0]
         more = whole.nonzero()[count:, 0]
         images, texts = plan.images[more], plan.texts[more]
         images, texts = torch.cat([images, twins + count]), torch.cat([texts, batch.hard_caption[twins]])
@@ -163,8 +164,8 @@ class DenoiseObjective(nn.Module):
         reference = reference_errors(self.backbone, batch, draw, self.denoise)
         own = torch.arange(count, device=by_text.device)
         hard = own[by_text & batch.has_hard_caption]
-        others = own[(by_text & batch.has_hard_caption | by_image) & batch.has_hard_image]
-        twins = own[by_text & batch.has_hard_caption & batch.has_hard_image]
+        others = own[by_text & batch.hard_pair | by_image & batch.has_hard_image]
+        twins = own[by_text & batch.hard_pair]
         images = torch.cat([hard, others + count, twins + count])
         texts = torch.cat([batch.hard_caption[hard], batch.caption[others], batch.hard_caption[twins]])
         mse, seen = denoising(self.backbone, (), batch, draw, self.denoise, self.cut, (images, texts))

@@ -83,9 +83,9 @@ class OnPolicy:
         return [self.examples.item(current, row) for row in rows]
 
     def _with(self, images: list[Image.Image]) -> list[Item]:
-        """The examples of this round with the model's own sample as hard-negative image."""
-        items = self._items(self._round)
-        return [replace(item, hard_pixels=to_pixels(image)) for item, image in zip(items, images, strict=True)]
+        """The examples of this round with the model's own sample as hard image, of which no caption is known."""
+        items = zip(self._items(self._round), images, strict=True)
+        return [replace(item, hard_pixels=to_pixels(image), hard_pair=False) for item, image in items]
 
     @torch.no_grad()
     def _draw(self, current: int) -> list[Image.Image]:
@@ -132,6 +132,7 @@ def _replace_rows(batch: Batch, items: dict[int, Item]) -> Batch:
         has_hard_image=swap(batch.has_hard_image, new.has_hard_image),
         has_random_image=swap(batch.has_random_image, new.has_random_image),
         has_hard_caption=swap(batch.has_hard_caption, new.has_hard_caption),
+        hard_pair=swap(batch.hard_pair, new.hard_pair),
         expressions=pick(batch.expressions, new.expressions),
         spans=pick(batch.spans, new.spans),
         boxes=pick(batch.boxes, new.boxes),

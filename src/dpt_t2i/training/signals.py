@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
+ONE_WISH = 3.0  # seconds in which several signals are one: a launcher sends on what its processes got themselves
 
 
 class Signals:
-    """Inside the block, the first signal is noted in `received` (its number, else 0); a second one acts at once."""
+    """Inside the block, the first signal is noted in `received` (its number, else 0).
+
+    A later SIGINT acts at once (an impatient Ctrl-C); SIGTERM never does, whoever means it in earnest has SIGKILL.
+    """
 
     def __init__(self) -> None:
         self.received = 0
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -23,13 +29,13 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > ONE_WISH:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
