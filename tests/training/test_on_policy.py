@@ -90,6 +90,14 @@ def test_with_fraction_one_every_row_is_of_the_pool_and_whole(painter):
         assert batch.boxes[row][0].tolist() == pytest.approx([number / COUNT / 2, 0.5, number / COUNT, 1])
 
 
+def test_of_an_own_sample_no_caption_is_known_to_be_true(painter, monkeypatch):
+    made = policy(1.0)
+    pairs = [replace(item, hard_caption="false", hard_pair=True) for item in made._items(0)]
+    monkeypatch.setattr(made, "_items", lambda current: pairs)
+    batch = made(0, batch_of(range(4)))
+    assert batch.has_hard_caption.all() and batch.has_hard_image.all() and not batch.hard_pair.any()
+
+
 def test_rows_that_are_not_chosen_stay_as_they_were(painter):
     before = batch_of(range(COUNT))
     after = policy(0.5)(0, before)
