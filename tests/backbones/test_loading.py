@@ -5,6 +5,7 @@ from inspect import signature
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import pytest
 import torch
 
@@ -192,3 +193,22 @@ def test_what_a_library_keeps_in_float32_stays_there(tmp_path):
     kept = {name: value.dtype for name, value in encoder.named_parameters() if value.dtype != torch.float16}
     assert kept and set(kept.values()) == {torch.float32} and all(".wo." in name for name in kept)
     assert {value.dtype for value in backbone.denoiser.parameters()} == {torch.float16}
+
+
+def test_a_repository_of_half_precision_files_alone_is_fetched_by_their_variant(tmp_path, monkeypatch):
+    """Without a variant diffusers fetches such a one's configs and no weights."""
+    asked = []
+
+    def download(name, revision, variant=None):
+        asked.append((name, revision, variant))
+        folder = tmp_path / str(variant)
+        tiny_pipeline().save_pretrained(folder, variant=variant)
+        for file in folder.rglob("*.safetensors") if variant is None else ():
+            file.unlink()
+        return str(folder)
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: None)
+    backbone = load_backbone("someone/half", revision="v2", device="cpu")
+    assert asked == [("someone/half", "v2", None), ("someone/half", "v2", "fp16")]
+    assert backbone.fingerprint()["weights"] == weights_hash(tiny_pipeline().unet)

@@ -68,11 +68,10 @@ def examples_of(records: Sequence[Record], resolution: int) -> Iterator[EvalExam
 
 
 def each_expression(records: Iterable[Record]) -> Iterator[Record]:
-    """Every record once for each of its expressions that has a box, with that one alone."""
+    """Every record once for each of its expressions, with that one alone."""
     for record in records:
         for number, expression in enumerate(record.expressions):
-            if expression.boxes:
-                yield replace(record, id=f"{record.id}#{number}", expressions=(expression,))
+            yield replace(record, id=f"{record.id}#{number}", expressions=(expression,))
 
 
 @dataclass(frozen=True)
