@@ -53,3 +53,10 @@ def test_no_object_column_is_never_marked() -> None:
     rows = positive_map(OFFSETS, [[(0, 12)]], num_token_classes=4)
     assert torch.equal(rows[0, -1], torch.tensor(0.0))
     assert rows[0, :4].nonzero().flatten().tolist() == [1, 2, 3]
+
+
+def test_a_character_of_several_tokens_is_its_first_ones() -> None:
+    """`caf\u00e9` in byte-level BPE: its last letter is two tokens, of which `char_to_token` gives the first."""
+    offsets = [(0, 0), (0, 2), (2, 3), (3, 4), (3, 4), (5, 8), (0, 0)]  # BOS, ca, f, e-acute twice, bar, EOS
+    assert positive_map(offsets, [[(0, 4)]], 7, binary=True)[0].nonzero().flatten().tolist() == [1, 2, 3]
+    assert positive_map(offsets, [[(0, 8)]], 7, binary=True)[0].nonzero().flatten().tolist() == [1, 2, 3, 4, 5]

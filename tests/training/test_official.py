@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaModel
 
+import dpt_t2i
 from dpt_t2i import cli
 from dpt_t2i.adapter.grounding_text import load_grounding_text
 from dpt_t2i.adapter.io import load_adapter
@@ -274,3 +275,12 @@ def test_a_bad_checkpoint_is_one_line_and_exit_code_two(
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and "truncated" in printed.err
     assert "torch" in sys.modules and not (tmp_path / "out").exists()
+
+
+def test_where_the_releases_file_is_given_as_ours_the_way_is_shown(base: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "released", stage_two())
+    with pytest.raises(InputError, match="dpt import-official` makes LoRA and adapter of it"):
+        dpt_t2i.load(str(base), lora=str(file), device="cpu")
+    for given in (file, file.parent):
+        with pytest.raises(InputError, match="dpt import-official` makes an adapter of it"):
+            dpt_t2i.load(str(base), lora="none", adapter=str(given), device="cpu")

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from dpt_t2i.adapter.grounding_text import load_grounding_text
 from dpt_t2i.adapter.io import save_adapter
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import AdapterConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.training.start import restore_start
 from tests.tiny import tiny_adapter, tiny_backbone
+from tests.training.test_official import TEXT_WIDTH, roberta_folder, tuned_roberta, with_roberta
 
 PREFIX = "checkpoint."
 RELEASED = {
@@ -87,3 +89,48 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
 def test_a_folder_with_nothing_in_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no adapter in"):
         restore_start(str(tmp_path), tiny_backbone(), UP1, HEADS)
+
+
+def test_a_folder_of_newer_accelerate(tmp_path: Path) -> None:
+    save_file(RELEASED, tmp_path / "model.safetensors")
+    adapter, metadata = restore_start(str(tmp_path), NO_BASE, UP1, HEADS)
+    assert metadata == {"imported": "model.safetensors"} and adapter.config.num_queries_rec == 20
+
+
+def test_a_tuned_caption_encoder_comes_along_and_stays_with_the_adapter(tmp_path: Path) -> None:
+    torch.save(with_roberta(RELEASED), tmp_path / "pytorch_model.bin")
+    settings = AdapterConfig(num_heads=4, grounding_text=str(roberta_folder(tmp_path / "roberta")))
+    file, keep = str(tmp_path / "pytorch_model.bin"), tmp_path / "run" / "start" / "grounding_text"
+    keep.parent.mkdir(parents=True)
+    adapter, _ = restore_start(file, NO_BASE, UP1, settings, keep=keep)
+    assert adapter.config.grounding_text == str(keep)
+    save_adapter(adapter, tmp_path / "saved", base_fingerprint={"architecture": {}})
+    for folder in (keep, tmp_path / "saved" / "grounding_text"):
+        found = load_grounding_text(str(folder), torch.device("cpu")).encoder.state_dict()
+        assert all(torch.equal(value, tuned_roberta().state_dict()[name]) for name, value in found.items())
+    before = (keep / "model.safetensors").stat().st_mtime_ns
+    restore_start(file, NO_BASE, UP1, settings, keep=keep)  # a run that goes on, and every other process
+    assert (keep / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_tuned_caption_encoder_without_its_start_is_one_line(tmp_path: Path) -> None:
+    torch.save(with_roberta(RELEASED), tmp_path / "pytorch_model.bin")
+    settings = AdapterConfig(num_heads=4, grounding_text=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="tuned caption encoder, which is complete with .*nowhere.* alone"):
+        restore_start(str(tmp_path), NO_BASE, UP1, settings, keep=tmp_path / "run" / "grounding_text")
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_without_the_alignment_loss_its_layers_are_as_wide_as_the_encoder_that_is_named(tmp_path: Path) -> None:
+    start = roberta_folder(tmp_path / "roberta")
+    without = {key: value for key, value in RELEASED.items() if "contrastive_align_projection" not in key}
+    assert len(without) < len(RELEASED)
+    torch.save(without, tmp_path / "pytorch_model.bin")
+    settings = AdapterConfig(num_heads=4, grounding_text=str(start))
+    assert restore_start(str(tmp_path), NO_BASE, UP1, settings)[0].text_dim == TEXT_WIDTH
+
+
+def test_a_checkpoint_without_its_logit_scale_starts_at_the_releases(tmp_path: Path) -> None:
+    torch.save({key: value for key, value in RELEASED.items() if key != "logit_scale"}, tmp_path / "pytorch_model.bin")
+    adapter, _ = restore_start(str(tmp_path), NO_BASE, UP1, HEADS)
+    assert adapter.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-5)

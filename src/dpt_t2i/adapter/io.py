@@ -122,7 +122,13 @@ def read_adapter_card(folder: Path) -> dict[str, Any]:
     """
     path = adapter_folder(folder) / CONFIG
     if not path.is_file():
-        raise InputError(f"no adapter in {folder}: {CONFIG} is missing; give the folder that `dpt probe` wrote")
+        released = Path(folder).suffix == ".bin" or any(Path(folder).glob("pytorch_model*.bin"))
+        mend = (
+            "the release's checkpoint? `dpt import-official` makes an adapter of it"
+            if released
+            else ("give the folder that `dpt probe` wrote")
+        )
+        raise InputError(f"no adapter in {folder}: {CONFIG} is missing; {mend}")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.adapter.io import place_state
-from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.adapter.model import INITIAL_LOGIT_SCALE, DiscriminativeAdapter
 from dpt_t2i.config import AdapterConfig
 from dpt_t2i.errors import InputError
 
@@ -123,6 +123,9 @@ def adapter_from_official(
         placed |= fresh
         why = "trained without the alignment loss: starts afresh"
         table += tuple(OfficialKey(key, "missing", why) for key in ALIGNMENT)
+    if "logit_scale" not in placed:
+        placed["logit_scale"] = torch.tensor(INITIAL_LOGIT_SCALE)
+        table += (OfficialKey("logit_scale", "missing", "no score reads it: starts at 1 / 0.07, as the release's"),)
     config = AdapterConfig(
         hidden_dim=_size(placed, "queries.weight", 1),
         num_heads=num_heads,

@@ -74,7 +74,7 @@ def read_header(file: Path) -> dict[str, str]:
         with safe_open(file, framework="pt") as opened:
             return opened.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"LoRA {file} is truncated or no safetensors file ({error}); fetch it again") from error
+        raise InputError(f"LoRA {file} is truncated or no safetensors file ({error}); {_mend(file)}") from error
 
 
 def our_header(header: Mapping[str, str], file: Path) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"LoRA {file} is truncated or no safetensors file ({error}); fetch it again") from error
+        raise InputError(f"LoRA {file} is truncated or no safetensors file ({error}); {_mend(file)}") from error
 
 
 def kohya_name(part: str, module: str) -> str:
@@ -267,7 +267,12 @@ def _json_entry(header: Mapping[str, str], key: str, file: Path) -> dict[str, An
     try:
         entry = json.loads(header.get(key, "{}"))
     except ValueError as error:
-        raise InputError(f"LoRA {file}: its header entry `{key}` is no JSON ({error}); fetch it again") from error
+        raise InputError(f"LoRA {file}: its header entry `{key}` is no JSON ({error}); {_mend(file)}") from error
     if not isinstance(entry, dict):
         raise InputError(f"LoRA {file}: its header entry `{key}` is no JSON object; fetch it again")
     return entry
+
+
+def _mend(file: Path) -> str:
+    released = "the release's checkpoint? `dpt import-official` makes LoRA and adapter of it"
+    return released if file.suffix in (".bin", ".pt", ".pth", ".ckpt") else "fetch it again"

@@ -21,8 +21,9 @@ def positive_map(
 ) -> Tensor:
     """Rows of the soft-token target of one text, one a box.
 
-    A span reaches from the first to the last token that shares a character with it. Spaces belong to no token, so a
-    span may begin or end on one (the release then asked the tokenizer about another text of the batch).
+    A span reaches from the token of its first character to the token of its last; a character that is cut into several
+    tokens is its first one's, as the release's `char_to_token` has it. Spaces belong to no token, so a span may begin
+    or end on one (the release then asked the tokenizer about another text of the batch).
 
     Args:
         offsets: character range of each of the text's tokens, from a fast tokenizer's `offset_mapping`; special and
@@ -42,7 +43,9 @@ def positive_map(
         for span in spans:
             touched = [i for i, token in enumerate(offsets[:num_token_classes]) if _overlap(token, span)]
             if touched:
-                row[touched[0] : touched[-1] + 1] = 1.0
+                end = max(min(offsets[i][1], span[1]) for i in touched)
+                last = next(i for i in touched if offsets[i][0] < end <= offsets[i][1])
+                row[touched[0] : last + 1] = 1.0
         if not row.any():
             raise InputError(
                 f"spans {[tuple(span) for span in spans]} touch no token: they are empty, hold only spaces or lie "

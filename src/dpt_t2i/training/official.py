@@ -87,11 +87,11 @@ def _adapter(
         num_heads=config.num_heads,
         num_queries_matching=config.num_queries_matching,
         grounding_text=_named_encoder(config.grounding_text),
-        text_dim=_text_width(parts, config.grounding_text),
+        text_dim=text_width(parts, config.grounding_text),
     )
 
 
-def _text_width(parts: OfficialParts, name: str) -> int:
+def text_width(parts: OfficialParts, name: str) -> int:
     """Of the caption encoder's states: the tuned one's, that of the folder that is named, or RoBERTa-base's."""
     if (words := parts.grounding_text.get("embeddings.word_embeddings.weight")) is not None:
         return int(words.shape[-1])

@@ -85,7 +85,9 @@ def set_up(config: StageConfig) -> Setup:
     taps, fusion = backbone.parse_taps(model.tap), parse_fusion(model.tap)
     restored, metadata = None, dict[str, Any]()
     if model.adapter not in (None, "none"):
-        restored, metadata = restore_start(str(model.adapter), backbone, taps, config.adapter, fusion)
+        keep = config.folder / "start" / "grounding_text"
+        with accelerator.main_process_first():  # which writes what is kept; the others find it there
+            restored, metadata = restore_start(str(model.adapter), backbone, taps, config.adapter, fusion, keep)
         config = config.model_copy(update={"adapter": restored.config})  # its own sizes hold, whatever was asked for
     elif fusion is not None:
         fused = {"fusion_channels": fusion[0], "fusion_size": fusion[1]}

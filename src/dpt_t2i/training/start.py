@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dpt_t2i.adapter.io import load_adapter
+from dpt_t2i.adapter.grounding_text import save_tuned_grounding_text
+from dpt_t2i.adapter.io import CONFIG, adapter_folder, load_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.adapter.official import adapter_from_official, sort_official
-from dpt_t2i.adapter.official_file import read_official
+from dpt_t2i.adapter.official_file import NAMES, read_official
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.taps import parse_fusion
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import AdapterConfig
 from dpt_t2i.errors import InputError
+from dpt_t2i.training.official import text_width
 
-RELEASED_FILE = "pytorch_model.bin"
 RELEASED_TEXT = "roberta-base"  # the caption encoder that the release reads expressions with
 
 log = logging.getLogger(__name__)
@@ -30,21 +35,25 @@ def restore_start(
     taps: tuple[Tap, ...],
     settings: AdapterConfig,
     fusion: tuple[int, int] | None = None,
+    keep: Path | None = None,
 ) -> tuple[DiscriminativeAdapter, dict[str, Any]]:
     """Everything learned, `logit_scale` included, and the metadata that came with it.
 
     Args:
-        source: an adapter folder, a run folder or checkpoint that holds one, the release's `pytorch_model.bin`, or the
-            folder that holds that.
+        source: an adapter folder, a run folder or checkpoint that holds one, the release's `pytorch_model.bin` (newer
+            accelerate: `model.safetensors`), or the folder that holds that.
         taps, fusion: what the config's tap names (`parse_taps`, `parse_fusion`).
         settings: of a released checkpoint, what no tensor's shape tells: heads, matching queries, caption encoder.
 
+        keep: folder for the caption encoder that a released checkpoint has tuned; it goes along with the adapter then.
+
     Raises:
-        InputError: nothing there, damaged, or made for another model or tap.
+        InputError: nothing there, damaged, or made for another model or tap; or a tuned caption encoder without a
+            place, or without the encoder that it started from.
     """
     released = _released_file(Path(source))
     if released is not None:
-        return _from_release(released, taps, fusion, settings), {"imported": released.name}
+        return _from_release(released, taps, fusion, settings, keep), {"imported": released.name}
     adapter, metadata = load_adapter(Path(source), torch.device("cpu"), backbone.fingerprint())
     names = [tap.name for tap in taps]
     if list(adapter.tap_channels) != names or parse_fusion(adapter.tap_text) != fusion:
@@ -58,11 +67,13 @@ def restore_start(
 def _released_file(path: Path) -> Path | None:
     if path.is_file():
         return path
-    return path / RELEASED_FILE if (path / RELEASED_FILE).is_file() else None
+    if adapter_folder(path) != path or (path / CONFIG).is_file():
+        return None  # one of ours
+    return next((path / name for name in NAMES if (path / name).is_file()), None)
 
 
 def _from_release(
-    file: Path, taps: tuple[Tap, ...], fusion: tuple[int, int] | None, settings: AdapterConfig
+    file: Path, taps: tuple[Tap, ...], fusion: tuple[int, int] | None, settings: AdapterConfig, keep: Path | None
 ) -> DiscriminativeAdapter:
     text = RELEASED_TEXT if settings.grounding_text == "denoiser" else settings.grounding_text
     parts = sort_official(read_official(file))
@@ -73,11 +84,37 @@ def _from_release(
         num_heads=settings.num_heads,
         num_queries_matching=settings.num_queries_matching,
         grounding_text=text,
+        text_dim=text_width(parts, text),
     )
-    for what, left in (("the denoiser's LoRA", parts.lora), ("its tuned caption encoder", parts.grounding_text)):
-        if left:
-            log.warning(
-                "%s: the adapter is taken, %d tensors of %s are left; dpt import-official takes all",
-                file.name, len(left), what,
-            )  # fmt: skip
+    if parts.lora:
+        log.warning(
+            "%s: the adapter is taken, %d tensors of the denoiser's LoRA are left; dpt import-official takes all",
+            file.name, len(parts.lora),
+        )  # fmt: skip
+    if parts.grounding_text:
+        _keep_caption_encoder(adapter, parts.grounding_text, text, file, keep)
     return adapter
+
+
+def _keep_caption_encoder(
+    adapter: DiscriminativeAdapter, state: Mapping[str, Tensor], start: str, file: Path, keep: Path | None
+) -> None:
+    """The tuned encoder as a folder of its own, which the adapter names and takes along wherever it is saved."""
+    if keep is None or not ((keep / CONFIG).is_file() or _write_whole(state, start, keep)):
+        raise InputError(
+            f"{file} holds a tuned caption encoder, which is complete with `{start}` alone, and that is not here; name "
+            "its folder with --grounding_text"
+        )
+    adapter.own_text = keep.resolve()
+    adapter.config = adapter.config.model_copy(update={"grounding_text": str(adapter.own_text)})
+
+
+def _write_whole(state: Mapping[str, Tensor], start: str, folder: Path) -> bool:
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    whole = save_tuned_grounding_text(state, start, unfinished)
+    if whole:
+        os.replace(unfinished, folder)
+    else:
+        shutil.rmtree(unfinished)
+    return whole
