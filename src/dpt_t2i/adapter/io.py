@@ -122,12 +122,9 @@ def read_adapter_card(folder: Path) -> dict[str, Any]:
     """
     path = adapter_folder(folder) / CONFIG
     if not path.is_file():
-        released = Path(folder).suffix == ".bin" or any(Path(folder).glob("pytorch_model*.bin"))
-        mend = (
-            "the release's checkpoint? `dpt import-official` makes an adapter of it"
-            if released
-            else ("give the folder that `dpt probe` wrote")
-        )
+        mend = "give the folder that `dpt probe` wrote"
+        if Path(folder).suffix == ".bin" or any(Path(folder).glob("pytorch_model*.bin")):
+            mend = "the release's checkpoint? `dpt import-official` makes an adapter of it"
         raise InputError(f"no adapter in {folder}: {CONFIG} is missing; {mend}")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
