@@ -1,6 +1,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -162,6 +164,17 @@ def test_a_loaders_process_outlives_one_wish_to_stop(number):
         for _ in range(20):
             os.kill(worker.pid, number)
             time.sleep(0.3)
+
+
+def test_a_run_that_fails_does_not_wait_for_its_loaders_process_for_good():
+    code = (
+        "from dpt_t2i.data.examples import Examples, Part\n"
+        "from dpt_t2i.data.scenes import SceneRecords\n"
+        "stream = iter(Examples(SceneRecords(length=6), 16).loader(Part(2, steps=999), 1))\n"
+        "next(stream)\nraise SystemExit(7)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 7, done.stderr
 
 
 def test_scene_boxes_enclose_the_named_thing():

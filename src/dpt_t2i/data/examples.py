@@ -6,7 +6,9 @@ four, with any number of loader workers, shows the same examples.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import signal
 import threading
 import time
@@ -238,8 +240,7 @@ class Examples(Dataset[Item]):
 
     def loader(self, part: Part, workers: int) -> DataLoader[Batch]:
         """A rank's batches, from its first step on."""
-        how: dict[str, Any] = {"collate_fn": collate, "num_workers": workers, "worker_init_fn": bear_a_signal}
-        return DataLoader(self, batch_sampler=MicroBatches(part), **how)  # type: ignore[arg-type]
+        return DataLoader(self, batch_sampler=MicroBatches(part), **loader_options(workers))  # type: ignore[arg-type]
 
     def identity(self, workers: int, processes: int) -> dict[str, Any]:
         """All that decides which examples come, beside seed and batch: a run that goes on must have the same."""
@@ -251,17 +252,28 @@ class Examples(Dataset[Item]):
         return self.view.item(self.records, row, rng, size)
 
 
-def bear_a_signal(_worker: int) -> None:
+def loader_options(workers: int) -> dict[str, Any]:
+    """What every loader of examples has in common."""
+    leaving = multiprocessing.RawValue("b", False)  # told without a lock, which a signal could interrupt
+    if workers > 0:
+        atexit.register(setattr, leaving, "value", True)  # before multiprocessing ends its processes and waits for them
+    return {"collate_fn": collate, "num_workers": workers, "worker_init_fn": partial(bear_a_signal, leaving)}
+
+
+def bear_a_signal(leaving: Any, _worker: int) -> None:
     """In a loader's process the first SIGTERM or SIGINT is let pass, and what comes close behind it.
 
     Who takes a machine away signals all processes of a run, and the launcher sends it on to them once more; this one is
     needed until the step is done, and ends with its loader.
+
+    Args:
+        leaving: a shared value, true when the process that it works for is about to end.
     """
     since: list[float] = []
 
     def bear(number: int, _frame: FrameType | None) -> None:
         since.append(time.monotonic())
-        if since[-1] - since[0] > PATIENCE:
+        if leaving.value or since[-1] - since[0] > PATIENCE:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

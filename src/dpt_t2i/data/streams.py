@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dpt_t2i.config import TrainDataConfig
-from dpt_t2i.data.examples import Batch, Item, Part, View, bear_a_signal, collate, stand_in
+from dpt_t2i.data.examples import Batch, Item, Part, View, loader_options, stand_in
 from dpt_t2i.data.excluded import excluded_pictures, without_images
 from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.layouts import streamed_shards
@@ -67,8 +67,7 @@ class ShardStream:
                 "lower dataloader_num_workers, or cut the data into more shards"
             )
         stretch: Any = _Stretch(self, part, max(1, workers))
-        how: dict[str, Any] = {"collate_fn": collate, "num_workers": workers, "worker_init_fn": bear_a_signal}
-        return DataLoader(stretch, batch_size=part.batch_size, **how)
+        return DataLoader(stretch, batch_size=part.batch_size, **loader_options(workers))
 
     def identity(self, workers: int, processes: int) -> dict[str, Any]:
         """All that decides which examples come, beside seed and batch: a run that goes on must have the same."""
