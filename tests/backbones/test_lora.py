@@ -16,6 +16,7 @@ from dpt_t2i.backbones.lora import (
     add_lora,
     load_lora,
     lora_disabled,
+    lora_file,
     lora_parameters,
     place_lora,
     read_lora_header,
@@ -274,3 +275,18 @@ def test_the_header_is_json_and_nothing_else_is_written(made):
     assert json.loads(header["lora_adapter_metadata"])["unet.r"] == 4
     assert json.loads(header["dpt"])["config"] == {"seed": 3}
     assert [file.name for file in folder.iterdir()] == [LORA_FILE]
+
+
+def test_a_folder_stands_for_its_one_file_and_an_adapters_folder_is_told_from_a_loras(tmp_path):
+    for name in ("named", "two", "run", "adapter"):
+        (tmp_path / name).mkdir()
+    for file in ("named/sd-dpt.safetensors", "two/a.safetensors", "two/b.safetensors", "adapter/model.safetensors"):
+        (tmp_path / file).write_bytes(b"")
+    (tmp_path / "adapter" / "config.json").write_text("{}")
+    (tmp_path / "run" / "adapter").mkdir()
+    assert lora_file(tmp_path / "named") == tmp_path / "named" / "sd-dpt.safetensors"
+    with pytest.raises(InputError, match="name one of its 2 .safetensors files"):
+        lora_file(tmp_path / "two")
+    for folder in ("run", "adapter"):
+        with pytest.raises(InputError, match="holds an adapter and no LoRA; give it as --adapter, with --lora none"):
+            lora_file(tmp_path / folder)

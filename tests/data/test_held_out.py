@@ -12,6 +12,7 @@ from dpt_t2i.data.examples import Examples, View
 from dpt_t2i.data.records import Negative, Record
 from dpt_t2i.data.sources import count, open_records
 from dpt_t2i.errors import InputError
+from dpt_t2i.scenes.commands import export_scenes
 from tests.data import writers
 
 SPLITS = ("train", "val", "train", "testA", "testB", "train")  # the last scene names nothing alone: no ref
@@ -155,3 +156,13 @@ def test_mdetr_is_told_too_that_nothing_is_left_out(tmp_path, caplog):
     folder = writers.write_mdetr(writers.scenes(6), tmp_path)
     open_ids(folder, "mdetr", "train", val_samples=1)
     assert "nothing is left out of training" in caplog.text
+
+
+def test_a_part_that_is_named_and_not_there_is_one_line(tmp_path, caplog):
+    """Else the tail of what was trained on is taken for it."""
+    export_scenes(tmp_path / "mine" / "train", n=6)
+    caplog.set_level(logging.INFO)
+    assert len(open_records(DataConfig(dataset=str(tmp_path / "mine"), val_samples=2), "val", 64)) == 2
+    assert "held out: the last 2 of 6 records; there is no part `val`" in caplog.text
+    with pytest.raises(InputError, match="mine has no folder `tset`; give another --val_split"):
+        open_records(DataConfig(dataset=str(tmp_path / "mine"), val_samples=2, val_split="tset"), "val", 64)

@@ -137,3 +137,13 @@ def test_every_expression_of_a_record_counts_where_that_is_asked(
     assert [row["id"] for row in rows] == ["mine/1#0", "mine/1#2", "mine/1#3"]
     with pytest.raises(InputError, match="all_expressions is for `dpt evaluate rec`"):
         commands.run_itm(discrimination(tmp_path, all_expressions=True))
+
+
+def test_a_model_that_never_drew_the_world_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, loaded: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    none = {"overall": 0.0, "colors": 0.0, "extra_objects": 0.0}
+    result = {"suite": "dev", "prompts": 2, "seeds": [0], "categories": {"colors": 2}, "differences": {}}
+    monkeypatch.setattr(commands, "run_arms", lambda *_: result | {"arms": {"base": none, "dpt": none}})
+    last = commands.run_alignment(AlignmentConfig(output_dir=tmp_path))["summary"][-1]
+    assert last.startswith("warning: no arm drew a single right image")

@@ -154,3 +154,11 @@ def test_an_empty_manifest_and_none_are_one_line(tmp_path):
     (tmp_path / "manifest.jsonl").write_text("[1]\n")
     with pytest.raises(InputError, match="line 1 is broken"):
         read_manifest(tmp_path)
+
+
+def test_what_other_images_give_way_is_told(tmp_path, caplog):
+    write_generation(tmp_path, JOBS, Maker(), SETTINGS, arm="base")
+    write_generation(tmp_path, JOBS, Maker(), SETTINGS, arm="base")
+    assert not caplog.records
+    write_generation(tmp_path, JOBS[:3], Maker(), SETTINGS | {"steps": 4}, arm="base")
+    assert f"3 images in {tmp_path} are of other prompts or settings" in caplog.text

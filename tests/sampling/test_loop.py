@@ -189,3 +189,12 @@ def test_less_than_1_is_no_guidance_as_in_a_stock_pipeline(scale):
     backbone.pipeline.scheduler = diffusers.DDIMScheduler.from_config(backbone.pipeline.scheduler.config)
     call = {"num_inference_steps": 3, "guidance_scale": scale, "latents": noise, "output_type": "latent"}
     torch.testing.assert_close(ours, backbone.pipeline(prompts, **call).images, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.9, 0.1), (0.5, 0.5)])
+def test_a_correction_of_no_step_is_refused(start, end):
+    backbone = tiny_backbone()
+    correction = CorrectionConfig(correct=0.1, correction_start=start, correction_end=end)
+    noise, settings = initial_noise(0, (4, 8, 8))[None], SampleConfig(steps=2)
+    with pytest.raises(InputError, match="is not before correction_end .*: no step would be corrected"):
+        sample(backbone, states(1), states(1), noise, settings, correction, mean_of_latent)

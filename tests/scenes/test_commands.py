@@ -36,3 +36,10 @@ def test_nonsense_is_refused(tmp_path, n, size):
         render_grid(n, tmp_path / "x.png", size=size)
     with pytest.raises(InputError, match="at least"):
         export_scenes(tmp_path, n=n, size=size)
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text("mine")
+    with pytest.raises(InputError, match="is not empty, and its metadata would be replaced; give a new folder"):
+        export_scenes(tmp_path, n=3)
+    assert (tmp_path / "metadata.jsonl").read_text() == "mine"

@@ -123,6 +123,8 @@ def read_adapter_card(folder: Path) -> dict[str, Any]:
     path = adapter_folder(folder) / CONFIG
     if not path.is_file():
         mend = "give the folder that `dpt probe` wrote"
+        if taps := sorted(part.parent.name for part in Path(folder).glob(f"adapters/*/{CONFIG}")):
+            mend = f"it has one for each tap ({', '.join(taps)}): give {Path(folder) / 'adapters' / taps[0]}"
         if Path(folder).suffix == ".bin" or any(Path(folder).glob("pytorch_model*.bin")):
             mend = "the release's checkpoint? `dpt import-official` makes an adapter of it"
         raise InputError(f"no adapter in {folder}: {CONFIG} is missing; {mend}")

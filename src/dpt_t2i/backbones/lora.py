@@ -168,9 +168,17 @@ def read_lora_header(path: Path) -> dict[str, Any]:
 def lora_file(path: Path) -> Path:
     """The weight file of a LoRA given by file or folder. Raises `InputError` where there is none."""
     file = path / LORA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"LoRA {file} does not exist; give a {LORA_FILE} or the folder that holds it")
-    return file
+    if file.is_file():
+        return file
+    others = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if (path / "config.json").is_file() or (path / "adapter").is_dir():
+        raise InputError(f"{path} holds an adapter and no LoRA; give it as --adapter, with --lora none")
+    if len(others) == 1:
+        return others[0]  # one that another tool named
+    mend = f"give a {LORA_FILE} or the folder that holds it"
+    if others:
+        mend = f"name one of its {len(others)} .safetensors files"
+    raise InputError(f"LoRA {file} does not exist; {mend}")
 
 
 def load_lora(backbone: Backbone, path: Path, trainable: bool = False) -> dict[str, Any]:

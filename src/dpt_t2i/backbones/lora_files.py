@@ -212,7 +212,10 @@ def _by_module(tensors: Tensors, names: Mapping[str, str], what: str, base_name:
         if match is None:
             raise InputError(f"{what}: key `{key}` is of no plain LoRA; DoRA, LoHa, LoKr and biases are not read")
         if match["owner"] not in names:
-            raise InputError(f"{what}: key `{key}` is unknown to `{base_name}`; is it a LoRA of this family?")
+            raise InputError(
+                f"{what}: key `{key}` is unknown to `{base_name}`; is it a LoRA of this family, or "
+                "of another base (--pretrained_model_name_or_path, --base)?"
+            )
         half = match["half"] or match["alpha"] or {"A": "down", "B": "up"}[match["letter"]]
         found.setdefault(names[match["owner"]], {})[half] = value
     return found

@@ -35,7 +35,7 @@ def each_record(folder: Path, faults: Faults | None = None) -> Iterator[Record]:
     file, faults = Path(folder) / METADATA, faults or Faults()
     if not file.is_file():
         parts = [part.parent for part in sorted(file.parent.glob(f"*/{file.name}"))]
-        mend = f"give {' or '.join(map(str, parts))}" if parts else "`dpt scenes export` writes such a folder"
+        mend = f"give {' or '.join(map(str, parts))}" if parts else "docs/data.md says how it is written"
         raise InputError(f"{file} does not exist; {mend}")
     empty = True
     for record in sound(_records(Path(folder), file, faults), faults):

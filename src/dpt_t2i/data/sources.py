@@ -82,6 +82,8 @@ def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[R
                 f"{config.dataset} has {len(records)} records, too few to hold out val_samples={config.val_samples}"
             )
         held = records[-config.val_samples :]
+        told = len(held), len(records), config.val_split
+        log.info("held out: the last %d of %d records; there is no part `%s`", *told)
         if split == "val":
             records = held
         else:
@@ -173,7 +175,10 @@ def _has_own(config: DataConfig, side: Side) -> bool:
     if form == "huggingface":
         return config.val_split in split_names(config.dataset)
     if form == "imagefolder":
-        return (Path(config.dataset) / config.val_split).is_dir()
+        found = (Path(config.dataset) / config.val_split).is_dir()
+        if not found and config.val_split != DataConfig().val_split:
+            raise InputError(f"{config.dataset} has no folder `{config.val_split}`; give another --val_split")
+        return found
     if form == "refcoco":
         return True  # one file holds all splits
     return bool(annotation_files(config, form, config.val_split, side == "val"))

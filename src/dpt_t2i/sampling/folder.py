@@ -11,6 +11,7 @@ again. Every file appears in one move, never half written. Several processes mak
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.contact_sheet import contact_sheet
 from dpt_t2i.sampling.generate import Generated, Job
 from dpt_t2i.sampling.shares import share_of
+
+log = logging.getLogger(__name__)
 
 CHUNK = "parameters"
 PNG_END = b"IEND\xaeB`\x82"
@@ -76,6 +79,13 @@ def write_generation(
             missing.append(job)
         else:
             rows[job] = _row(job, settings, arm, result)
+    replaced = sum((folder / image_file(job)).is_file() for job in missing)
+    if replaced:
+        log.warning(
+            "%d images in %s are of other prompts or settings, or damaged, and are drawn anew; another output_dir "
+            "would keep them",
+            replaced, folder,
+        )  # fmt: skip
     _write_manifest(folder, list(rows.values()))
     if missing:
         with (folder / MANIFEST).open("a", encoding="utf-8") as manifest:

@@ -146,6 +146,11 @@ def _noising(scheduler: Any, eta: float, generators: Sequence[torch.Generator] |
 def _check(correction: CorrectionConfig, scorer: Scorer | None, settings: SampleConfig) -> None:
     if correction.correct == 0:
         return
+    if correction.correction_start >= correction.correction_end:
+        raise InputError(
+            f"correction_start {correction.correction_start:g} is not before correction_end "
+            f"{correction.correction_end:g}: no step would be corrected; exchange them, or set `correct` to 0"
+        )
     if scorer is None:
         raise InputError("self-correction (`correct` > 0) needs an adapter; give `adapter`, or set `correct` to 0")
     if correction.correction_fused and correction.correction_mode != "state":

@@ -33,9 +33,15 @@ def render_grid(n: int, output: Path, seed: int = 0, size: int = 64, split: Spli
 
 
 def export_scenes(output_dir: Path, n: int, seed: int = 0, size: int = 64, split: Split = "train") -> dict[str, Any]:
-    """Write `n` examples as an imagefolder with `metadata.jsonl` (the native data format)."""
+    """Write `n` examples as an imagefolder with `metadata.jsonl` (the native data format).
+
+    Raises:
+        InputError: `n` or `size` too small, or the folder holds something already.
+    """
     if n < 1 or size < 16:
         raise InputError(f"--n must be at least 1 and --size at least 16, got {n} and {size}")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise InputError(f"{output_dir} is not empty, and its metadata would be replaced; give a new folder")
     (output_dir / "negatives").mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(n):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
 from types import FrameType
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
 ONE_WISH = 3.0  # seconds in which several signals are one: a launcher sends on what its processes got themselves
@@ -36,6 +39,11 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self._since = number, time.monotonic()
+            log.warning(
+                "%s: stopping behind this step or validation, with a checkpoint; Ctrl-C once more, a few seconds from "
+                "now, ends at once without one",
+                signal.Signals(number).name,
+            )
         elif number == signal.SIGINT and time.monotonic() - self._since > ONE_WISH:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
