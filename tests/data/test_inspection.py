@@ -128,3 +128,10 @@ def test_a_box_is_drawn_where_its_thing_is() -> None:
     picture = sheet[GAP : GAP + 100, GAP : GAP + 100]
     ys, xs = np.nonzero((picture == blue).all(axis=-1))
     assert (xs.min(), xs.max(), ys.min(), ys.max()) == (20, 60, 40, 60)  # twice as large
+
+
+def test_boxes_in_fractions_are_suspicious():
+    inside = Record("1", "toy", lambda: flat(1, (8, 8)), ("a",), (dot("dot", (0.1, 0.2, 0.3, 1.0)),))
+    fine = Record("2", "toy", lambda: flat(2, (8, 8)), ("b",), (dot("dot", (0, 0, 1, 2)),))
+    said = "toy/1: [0.1, 0.2, 0.3, 1.0]; boxes are in pixels, are these fractions?"
+    assert look([inside, fine]).suspicious == {"box of a pixel": [said]}

@@ -172,3 +172,22 @@ def test_a_runs_name_is_its_folder(probe_config):
     write_config(set_up(config).config)
     assert (config.output_dir / "mine" / "config.yaml").is_file()
     assert not (config.output_dir / "config.yaml").exists()
+
+
+def test_a_run_that_goes_on_otherwise_says_so_and_keeps_what_was(probe_config, caplog):
+    first = probe_config(learning_rate=1e-4)
+    write_config(first)
+    write_config(probe_config(learning_rate=1e-4, resume_from_checkpoint="latest"))
+    file = first.folder / "config.yaml"
+    assert not caplog.records and not (first.folder / "config.before.yaml").exists()
+    write_config(probe_config(learning_rate=1e-2, itm_coef=9, resume_from_checkpoint="latest"))
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "goes on with loss.itm_coef 9.0, which was 1.0",
+        "goes on with train.learning_rate 0.01, which was 0.0001",
+    ]
+    assert "learning_rate: 0.0001" in (first.folder / "config.before.yaml").read_text()
+    assert "learning_rate: 0.01" in file.read_text()
+    file.write_text("{broken")
+    write_config(probe_config(resume_from_checkpoint="latest"))
+    assert "learning_rate" in file.read_text()

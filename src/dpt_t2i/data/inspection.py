@@ -84,6 +84,8 @@ def look(records: Sequence[Record]) -> Findings:
                     check_inside(expression.boxes, image.size)
                 except ValueError as error:
                     findings.add("box outside", f"{name}: {error}")
+                if small := [list(box) for box in expression.boxes if max(box[2:]) <= 1]:
+                    findings.add("box of a pixel", f"{name}: {small[0]}; boxes are in pixels, are these fractions?")
         for caption in record.captions:
             captions[caption].add(record.picture)
         _compare_texts(record, name, findings)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, set_seed
 
@@ -227,8 +229,34 @@ def _check_widths(adapter: DiscriminativeAdapter, backbone: Backbone, text_dim: 
 
 
 def write_config(config: ProbeConfig | TuneConfig) -> None:
-    """`config.yaml` of the run: once it is known that the run can begin, so that a refused one overwrites nothing."""
-    save_config(config, config.folder / "config.yaml")
+    """`config.yaml` of the run: once it is known that the run can begin, so that a refused one overwrites nothing.
+
+    What a run that goes on has otherwise than before is told, and the settings of before stay as `config.before.yaml`.
+    """
+    file = config.folder / "config.yaml"
+    if config.train.resume_from_checkpoint is not None and file.is_file():
+        before, now = _leaves(_read(file)), _leaves(config.model_dump(mode="json"))
+        changed = [key for key in now if before.get(key) != now[key] and key != "train.resume_from_checkpoint"]
+        for key in changed:
+            log.warning("goes on with %s %s, which was %s", key, now[key], before.get(key, "not told"))
+        if changed:
+            shutil.copyfile(file, file.with_name("config.before.yaml"))
+    save_config(config, file)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}  # a kill cut it short, or somebody's editor did
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    below = (_leaves(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items())
+    return {key: value for leaves in below for key, value in leaves.items()}
 
 
 def store_adapter(setup: Setup, folder: Path, **metadata: Any) -> None:
