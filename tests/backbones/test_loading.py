@@ -1,6 +1,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from inspect import signature
 from pathlib import Path
 
@@ -212,3 +214,9 @@ def test_a_repository_of_half_precision_files_alone_is_fetched_by_their_variant(
     backbone = load_backbone("someone/half", revision="v2", device="cpu")
     assert asked == [("someone/half", "v2", None), ("someone/half", "v2", "fp16")]
     assert backbone.fingerprint()["weights"] == weights_hash(tiny_pipeline().unet)
+
+
+def test_loading_in_a_fresh_process_says_nothing(saved):
+    code = f"from dpt_t2i.backbones.loading import load_backbone; load_backbone({str(saved)!r}, device='cpu')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -185,12 +185,13 @@ def read_pipeline(
         InputError: a file is missing, cut short or of another library's making; names it.
     """
     _check_files(folder)
-    how: dict[str, Any] = {"local_files_only": True, **(options or {}), **absent_texts(folder)}
+    how: dict[str, Any] = {"local_files_only": True, **(options or {})}
     if (variant := _variant(folder)) is not None:
         how["variant"] = variant
     with quietly(), warnings.catch_warnings():
-        import diffusers
+        import diffusers  # here, where its notes are kept quiet
 
+        how |= absent_texts(folder)
         warnings.simplefilter("ignore", FutureWarning)  # the old name of `dtype`, which diffusers 0.35 knows alone
         how["dtype" if diffusers.__version__.startswith("1.") else "torch_dtype"] = dtype
         try:
