@@ -17,7 +17,14 @@ __version__ = "0.1.0"
 __all__ = ["SelfCorrection", "load"]
 
 
-def load(base: str = "bundled", lora: str | None = None, adapter: str | None = None, device: str = "auto") -> T2IModel:
+def load(
+    base: str = "bundled",
+    lora: str | None = None,
+    adapter: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    revision: str | None = None,
+) -> T2IModel:
     """A text-to-image model with what was learned on it; torch is imported here and not before.
 
     Args:
@@ -25,13 +32,15 @@ def load(base: str = "bundled", lora: str | None = None, adapter: str | None = N
         lora: LoRA file or folder; None = what ships with the base; `none` = the plain base.
         adapter: adapter folder; None = what ships with the base and fits the LoRA; `none` = none.
         device: auto, cpu, cuda, cuda:1, mps.
+        dtype: of the frozen weights: float32, bfloat16 or float16.
+        revision: git revision of a hub model.
 
     Raises:
         dpt_t2i.errors.InputError: something is missing, broken, or made for another base.
     """
     from dpt_t2i.sampling.model import load_model
 
-    return load_model(base=base, lora=lora, adapter=adapter, device=device)
+    return load_model(base, lora, adapter, device, dtype, revision)
 
 
 def __getattr__(name: str) -> Any:

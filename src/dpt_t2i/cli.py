@@ -31,6 +31,14 @@ from dpt_t2i.errors import InputError, Stopped, writing_to
 # hyphen = underscore in every flag
 SETTINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120}
 
+# (command, flag that it does not have) -> what is meant, where that is spelt otherwise
+MEANT = {
+    ("generate", "--resolution"): "`--height` and `--width`",
+    ("score", "--timesteps"): "`--score_timestep`",
+    ("inspect", "--dataset"): "`--path`",
+    ("inspect", "--data_format"): "`--format`",
+}
+
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="YAML with any of the keys below"),
@@ -254,6 +262,9 @@ def _usage_message(error: typer.TyperException) -> str:
         message = error.format_message().rstrip(".")
         return f"{message}; see `{context.command_path} --help`" if context and message[-1:] != "?" else message
     nearest = f"did you mean `{error.possibilities[0]}`?" if error.possibilities else "--help lists the flags"
+    context = getattr(error, "ctx", None)
+    if meant := MEANT.get((context.info_name if context else None, option)):
+        nearest = f"did you mean {meant}?"
     return f"unknown option `{option}`; {nearest}"
 
 

@@ -22,7 +22,7 @@ class InputError(ValueError):
 
 
 class Stopped(Exception):
-    """The run was asked to end by a signal, and has left a checkpoint. The exit code is 128 + the signal's number."""
+    """The run was asked to end by a signal, and can go on later. The exit code is 128 + the signal's number."""
 
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)

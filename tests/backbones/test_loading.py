@@ -220,3 +220,9 @@ def test_loading_in_a_fresh_process_says_nothing(saved):
     code = f"from dpt_t2i.backbones.loading import load_backbone; load_backbone({str(saved)!r}, device='cpu')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_checkpoint_of_one_file_says_how_it_becomes_a_folder(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match=r"is one file; .*from_single_file\(.*model.safetensors.*save_pretrained"):
+        load_backbone(tmp_path / "model.safetensors")

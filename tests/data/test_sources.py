@@ -95,3 +95,31 @@ def test_an_unknown_name_is_no_data_set(tmp_path):
         open_records(DataConfig(dataset="scnes"), "train", 16)
     with pytest.raises(InputError, match=r"metadata\.jsonl does not exist"):
         names(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "form, name, value",
+    [
+        ("auto", "annotations", (Path("captions_train2017.json"),)),
+        ("auto", "image_root", Path("images")),
+        ("auto", "streaming", True),
+        ("huggingface", "val_annotations", (Path("val.json"),)),
+        ("webdataset", "image_root", Path("images")),
+        ("coco", "streaming", True),
+    ],
+)
+def test_a_setting_that_the_format_does_not_read_is_refused(tmp_path, form, name, value):
+    folder = imagefolder(tmp_path, "abcdef")
+    config = DataConfig(dataset=str(folder), data_format=form, val_samples=2, **{name: value})
+    told = "imagefolder" if form == "auto" else form
+    with pytest.raises(InputError, match=f"^{name} is not read from data of format {told}; leave it out, or say how"):
+        open_records(config, "train", 16)
+
+
+def test_drawn_scenes_are_said_to_be_what_is_trained_on(caplog):
+    """Who forgets --dataset reads it before the hours, not after."""
+    with caplog.at_level("INFO", "dpt_t2i"):
+        open_records(DataConfig(max_samples=50), "train", 24)
+    assert "train: 50 drawn scenes; --dataset names data of your own" in caplog.text
+    with pytest.raises(InputError, match="streaming is not read from data of format scenes"):
+        open_records(DataConfig(streaming=True), "train", 24)

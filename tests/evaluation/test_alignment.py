@@ -58,7 +58,7 @@ class Draughtsman:
             return corrected or candidate == job.prompt_index % 4 or (candidate == 0 and seed == 1)
         return job.prompt_index % 3 == 0
 
-    def run(self, jobs: Sequence[Job], config: GenerateConfig) -> Iterator[Generated]:
+    def run(self, jobs: Sequence[Job], config: GenerateConfig, on_step: object = None) -> Iterator[Generated]:
         prompts = {p.index: p.prompt for p in open_suite("dev")}
         for job in jobs:
             self.made += 1

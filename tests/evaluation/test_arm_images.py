@@ -26,7 +26,7 @@ class Painter:
 
     made = 0
 
-    def run(self, jobs: Sequence[Job], config: GenerateConfig) -> Iterator[Generated]:
+    def run(self, jobs: Sequence[Job], config: GenerateConfig, on_step: object = None) -> Iterator[Generated]:
         for job in jobs:
             self.made += 1
             shade = (40 * job.prompt_index, 90 * job.seed, 7)

@@ -307,6 +307,15 @@ def test_a_foreign_lora_gets_a_card_that_claims_nothing(sd1: Family, tmp_path: P
     assert 'base = "path/to/base"' in text and "--format kohya" in text
 
 
+def test_a_readme_of_the_users_is_not_replaced(sd1: Family, tmp_path: Path) -> None:
+    for _ in range(2):  # a card of ours is
+        export(sd1.base, sd1.lora, tmp_path, "diffusers")
+    (tmp_path / "README.md").write_text("my project")
+    with pytest.raises(InputError, match="README.md is none of our cards and would be replaced; move it"):
+        export(sd1.base, sd1.lora, tmp_path, "kohya")
+    assert (tmp_path / "README.md").read_text() == "my project" and not list(tmp_path.glob("base*"))
+
+
 def test_ranks_and_alphas_that_differ_between_layers_survive(sd1: Family, tmp_path: Path) -> None:
     backbone = load_backbone(sd1.base, device="cpu")
     add_lora(backbone, 2)

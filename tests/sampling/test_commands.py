@@ -71,3 +71,13 @@ def test_the_whole_command(tmp_path):
     assert str(tmp_path) not in json.dumps(rows)
     with pytest.raises(InputError, match="at least one prompt"):
         run_generate(GenerateConfig())
+
+
+def test_settings_of_a_correction_that_does_not_take_place_are_told(tmp_path, caplog):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    common = {"pretrained_model_name_or_path": str(tmp_path / "base"), "prompt": ("a star",), "steps": 1}
+    common |= {"device": "cpu", "output_dir": tmp_path / "out"}
+    run_generate(build_config(GenerateConfig, overrides=common))
+    assert "nothing is corrected" not in caplog.text
+    run_generate(build_config(GenerateConfig, overrides=common | {"correction_end": "0.5"}))
+    assert "`correction_end` is set, but `correct` is 0, so nothing is corrected" in caplog.text

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
-from dpt_t2i.errors import InputError
-from dpt_t2i.sampling.folder import read_manifest, read_parameters, write_generation
+from dpt_t2i.errors import InputError, Stopped
+from dpt_t2i.sampling.folder import read_manifest, read_parameters, write_generation, write_shared
 from dpt_t2i.sampling.generate import Generated, Job, jobs_of
 
 JOBS = jobs_of(["a red circle", "ein “Stern”"], [0, 4])
@@ -162,3 +163,19 @@ def test_what_other_images_give_way_is_told(tmp_path, caplog):
     assert not caplog.records
     write_generation(tmp_path, JOBS[:3], Maker(), SETTINGS | {"steps": 4}, arm="base")
     assert f"3 images in {tmp_path} are of other prompts or settings" in caplog.text
+
+
+def test_images_of_earlier_prompts_are_told(tmp_path, caplog):
+    write_generation(tmp_path, JOBS, Maker(), SETTINGS, arm="base")
+    assert not caplog.records
+    write_generation(tmp_path, JOBS[:3], Maker(), SETTINGS, arm="base")
+    assert f"1 more images lie in {tmp_path / 'images'}, of other prompts or seeds than now" in caplog.text
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    with pytest.raises(Stopped, match=f"same command draws what is still missing in {tmp_path}") as stopped:
+        write_shared(tmp_path, JOBS, Maker(fail_after=2), SETTINGS, "base", PartialState())
+    assert stopped.value.signal == 2
+    maker = Maker()
+    assert len(write_shared(tmp_path, JOBS, maker, SETTINGS, "base", PartialState())) == 4
+    assert maker.made == JOBS[2:]

@@ -201,3 +201,24 @@ def test_other_weights_are_other_images():
         change(ours)
         assert ours.settings(config) not in seen
         seen.append(ours.settings(config))
+
+
+def test_seeds_and_pictures_may_be_given_as_the_command_line_has_them(tmp_path):
+    ours = model()
+    images = ours.generate("a star", seeds="0-1", steps=1)
+    assert [image.tobytes() for image in images] == [
+        image.tobytes() for image in ours.generate("a star", seeds=[0, 1], steps=1)
+    ]
+    with pytest.raises(InputError, match="seeds `a`"):
+        ours.generate("a star", seeds="a")
+    images[0].save(tmp_path / "a.png")
+    for given in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert ours.score(given, "a star") == ours.score(images[0], "a star")
+    with pytest.raises(InputError, match="cannot read image .*missing.png"):
+        ours.score(tmp_path / "missing.png", "a star")
+
+
+def test_the_dtype_is_that_of_the_frozen_weights(base):
+    assert dpt_t2i.load(str(base), lora="none", device="cpu", dtype="bfloat16").backbone.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="revision"):
+        dpt_t2i.load(str(base), device="cpu", revision="main")

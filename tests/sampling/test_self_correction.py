@@ -10,6 +10,7 @@ import dpt_t2i
 from dpt_t2i.adapter.io import save_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.adapter.types import AdapterOrigin
+from dpt_t2i.backbones.lora import add_lora
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
@@ -338,3 +339,18 @@ def test_a_pipeline_in_half_precision_stays_in_it(sampler):
     for made in (every_step, between):
         assert made.dtype == torch.bfloat16 and torch.isfinite(made).all()
         assert (made - plain).norm() > 1e-2 * plain.norm()
+
+
+def test_a_forgotten_lora_is_told(caplog):
+    pipeline, correction = corrected_pipeline()
+    adapter = correction.scorer.adapter
+    for lora in ("0123456789abcdef", None):
+        adapter.origin = AdapterOrigin({**correction.backbone.fingerprint(), "lora": lora}, {})
+        caplog.clear()
+        SelfCorrection(pipeline, adapter, correct=1.0)
+        assert ("together with a LoRA and the pipeline has none" in caplog.text) == (lora is not None)
+    adapter.origin = AdapterOrigin({**correction.backbone.fingerprint(), "lora": "0123456789abcdef"}, {})
+    add_lora(correction.backbone, 2)
+    caplog.clear()
+    SelfCorrection(pipeline, adapter, correct=1.0)
+    assert "the pipeline has none" not in caplog.text

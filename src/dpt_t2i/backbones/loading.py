@@ -88,15 +88,22 @@ def base_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     """The diffusers folder of a base, downloaded if it is a hub id.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or a folder is given with a `revision`.
     """
     name = str(name_or_path)
     folder = Path(str(files("dpt_t2i") / "bundled" / "base")) if name == BUNDLED else Path(name).expanduser()
     if (folder / "model_index.json").is_file():
+        if revision is not None:
+            raise InputError(f"revision {revision} is one of a model on the hub, and {name} is a folder; leave it out")
         return folder
     if name == BUNDLED:
         raise InputError("the bundled model is missing from this installation; reinstall dpt-t2i")
     if folder.exists() or not HUB_ID.fullmatch(name):
+        if folder.is_file():
+            raise InputError(
+                f"base model {name} is one file; write it out once as a folder, in Python, with its family's pipeline: "
+                f'`StableDiffusionPipeline.from_single_file("{name}").save_pretrained("FOLDER")`'
+            )
         what = "holds no model_index.json" if folder.exists() else "does not exist"
         raise InputError(f"base model {name} {what}; give a diffusers folder, a hub id, or `{BUNDLED}`")
     return _download(name, revision)

@@ -42,6 +42,10 @@ ALIASES = {  # other names that users know -> leaf; of the release's flags those
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
+class UnknownKey(InputError):
+    """A config has no key of that name."""
+
+
 def leaves(config: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Dotted path and field of every leaf of a config class, in order."""
     for name, info in config.model_fields.items():
@@ -67,7 +71,7 @@ def resolve_key(config: type[Section], key: str) -> str:
         return by_leaf[wanted]
     near = difflib.get_close_matches(wanted, [*paths, *by_leaf], n=1)
     hint = f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(sorted(by_leaf))}"
-    raise InputError(f"unknown config key `{key}`{hint}")
+    raise UnknownKey(f"unknown config key `{key}`{hint}")
 
 
 def build_config(
@@ -80,7 +84,10 @@ def build_config(
     """
     values: dict[str, Any] = {}
     if file is not None:
-        values.update(_flatten(_read_yaml(Path(file)), config))
+        try:
+            values.update(_flatten(_read_yaml(Path(file)), config))
+        except UnknownKey as error:
+            raise InputError(f"config file {file}: {error}; is it another command's config?") from None
     values.update((resolve_key(config, key), value) for key, value in (overrides or {}).items())
     known = dict(leaves(config))
     given = {path: _read_text(path, value, known[path]) for path, value in values.items()}

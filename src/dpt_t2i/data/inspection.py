@@ -18,7 +18,7 @@ from dpt_t2i.data.index import RecordIndex
 from dpt_t2i.data.records import Record, check_inside
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.data.sheet import contact_sheet
-from dpt_t2i.data.sources import count, read_source
+from dpt_t2i.data.sources import count, read_source, refuse_unread
 from dpt_t2i.errors import InputError
 
 SCENES = 1000  # drawn scenes that are looked at unless max_samples says otherwise
@@ -137,6 +137,7 @@ def _records(config: InspectConfig, faults: Faults) -> Sequence[Record]:
         train_split=config.split,
         on_bad="skip",
     )
+    refuse_unread(data)
     records = RecordIndex(islice(read_source(data, "train", faults), config.max_samples))
     if not records:
         first = f"; first fault: {faults.found[0].where}: {faults.found[0].reason}" if faults.found else ""

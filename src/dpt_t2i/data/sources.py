@@ -28,6 +28,13 @@ from dpt_t2i.errors import InputError
 log = logging.getLogger(__name__)
 
 SCENES_TRAIN = 1_000_000  # drawn when asked for: the number only fixes the length of an epoch
+UNREAD = {  # settings that a format does not read
+    "scenes": ("image_root", "annotations", "val_annotations", "streaming"),
+    "imagefolder": ("image_root", "annotations", "val_annotations", "streaming"),
+    "huggingface": ("image_root", "annotations", "val_annotations"),
+    "webdataset": ("image_root",),
+    **dict.fromkeys(("coco", "refcoco", "mdetr", "hard_negatives"), ("streaming",)),
+}
 Side = Literal["train", "val"]
 
 
@@ -52,12 +59,14 @@ def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[R
     record of the same pictures.
 
     Raises:
-        InputError: files are missing or broken, too few records to hold anything out, scene_categories of another data
-            set than scenes, or, with `on_bad: error`, a broken record.
+        InputError: files are missing or broken, too few records to hold anything out, a setting that the format does
+            not read, or, with `on_bad: error`, a broken record.
     """
+    refuse_unread(config)
     if config.dataset == "scenes" and config.data_format in ("auto", "scenes"):
         length = config.val_samples if split == "val" else config.max_samples or SCENES_TRAIN
         categories = config.scene_categories if split == "train" else ()
+        log.info("%s: %d drawn scenes; --dataset names data of your own", split, length)
         return SceneRecords(split, length, resolution, config.data_seed, categories)
     if config.scene_categories:
         raise InputError(
@@ -152,6 +161,17 @@ def _of_stream(config: DataConfig, split: Side, faults: Faults) -> Sequence[Reco
         raise InputError("streamed shards have no index; shards on disk get one: leave out --streaming")
     shards = streamed_shards(config)[1]
     return RecordIndex(islice(stream_shards(shards, faults=faults), config.val_samples))
+
+
+def refuse_unread(config: DataConfig) -> None:
+    """A setting that nothing would read is a mistake: mostly the format was not said. Raises `InputError`."""
+    form = "scenes" if config.dataset == "scenes" and config.data_format == "auto" else _format(config)
+    unread = [name for name in UNREAD[form] if getattr(config, name)]
+    if unread:
+        raise InputError(
+            f"{unread[0]} is not read from data of format {form}; leave it out, or say how "
+            f"`{config.dataset}` is written (--data_format, of `data inspect` --format)"
+        )
 
 
 def _format(config: DataConfig) -> str:

@@ -39,7 +39,7 @@ from dpt_t2i.evaluation.verdicts import (
     outcome_of,
     verdict_row,
 )
-from dpt_t2i.sampling.commands import parse_seeds
+from dpt_t2i.sampling.generate import parse_seeds
 from dpt_t2i.sampling.model import T2IModel
 from dpt_t2i.sampling.shares import processes
 from dpt_t2i.scenes.facts import Verdict

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from tqdm import tqdm
 
 from dpt_t2i.config import GenerateConfig
 from dpt_t2i.evaluation.suites import NumberedPrompt
 from dpt_t2i.sampling.folder import image_file, write_shared
-from dpt_t2i.sampling.generate import Generated, Job, noise_seed
+from dpt_t2i.sampling.generate import Job, noise_seed
 from dpt_t2i.sampling.model import T2IModel
+from dpt_t2i.sampling.progress import watched
 from dpt_t2i.sampling.search import candidate_seeds
 
 
@@ -34,11 +34,7 @@ def make_images(
     folder: Path, jobs: Sequence[Job], model: T2IModel, settings: GenerateConfig, arm: str, state: PartialState
 ) -> list[dict[str, Any]]:
     """A generation folder with all `jobs`; the manifest's rows on the main process, nothing on the others."""
-
-    def make(missing: Sequence[Job]) -> Iterable[Generated]:
-        quiet = None if state.is_main_process else True  # None: silent where nobody watches
-        return tqdm(model.run(missing, settings), desc=arm, total=len(missing), unit="image", disable=quiet)
-
+    make = watched(model, settings, arm, state.is_main_process)
     return write_shared(folder, jobs, make, model.settings(settings), arm, state)
 
 

@@ -22,7 +22,7 @@ from dpt_t2i.config import ExportConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.publish.base_model import BaseModel, look_at_base
 from dpt_t2i.publish.kohya import kohya_header, kohya_tensors, refuse_dit
-from dpt_t2i.publish.model_card import read_measured, write_export_card
+from dpt_t2i.publish.model_card import check_card_place, read_measured, write_export_card
 from dpt_t2i.publish.privacy import public
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "config.json", "model.safetensors"
@@ -36,6 +36,7 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
             output folder that must not be written.
     """
     model, folder = config.model, config.output_dir
+    check_card_place(folder)
     base = look_at_base(model.pretrained_model_name_or_path, model.revision)
     if config.format == "kohya":
         refuse_dit(base)

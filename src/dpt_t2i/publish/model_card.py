@@ -23,6 +23,7 @@ from dpt_t2i.publish.privacy import public
 
 TEMPLATES = Path(__file__).with_name("templates")
 CONFIG = "config.yaml"
+OURS = b"dpt-t2i"  # stands in every card
 ADAPTERS = ("adapter", "dpt/probe/adapter")  # beside a LoRA; inside a merged model
 MEASURED = {  # what the card takes of each
     "alignment": {"suite", "prompts", "seeds", "arms", "categories"},
@@ -111,6 +112,13 @@ def write_export_card(
         "files": _look(folder),
     }
     return _write(folder, config, about, {key: measured.get(key) for key in MEASURED})
+
+
+def check_card_place(folder: Path) -> None:
+    """Raises `InputError` where `folder` has a `README.md` that somebody else wrote, which a card would replace."""
+    path = folder / "README.md"
+    if path.is_file() and OURS not in path.read_bytes():
+        raise InputError(f"{path} is none of our cards and would be replaced; move it, or give another output_dir")
 
 
 def read_measured(file: Path, kind: str) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from dpt_t2i.config import GenerateConfig
-from dpt_t2i.errors import InputError
+from dpt_t2i.config import CorrectionConfig, GenerateConfig
 from dpt_t2i.sampling.folder import write_shared
-from dpt_t2i.sampling.generate import jobs_of
+from dpt_t2i.sampling.generate import jobs_of, parse_seeds
 from dpt_t2i.sampling.model import open_model
+from dpt_t2i.sampling.progress import watched
 from dpt_t2i.sampling.prompts_file import read_prompts_file
 from dpt_t2i.sampling.shares import processes
+
+log = logging.getLogger(__name__)
 
 
 def run_generate(config: GenerateConfig) -> dict[str, Any]:
@@ -21,11 +24,13 @@ def run_generate(config: GenerateConfig) -> dict[str, Any]:
             sampler refuses.
     """
     jobs = jobs_of(read_prompts(config), parse_seeds(config.seeds), config.own_noise)
+    _tell_idle(config.correction)
     state = processes(config.model.device)
     model = open_model(config.model)
     decisive = model.settings(config)
     arm = arm_name(config, has_lora=decisive["lora"] is not None)
-    rows = write_shared(config.output_dir, jobs, lambda missing: model.run(missing, config), decisive, arm, state)
+    make = watched(model, config, arm, state.is_main_process)
+    rows = write_shared(config.output_dir, jobs, make, decisive, arm, state)
     if not state.is_main_process:
         return {}
     scores = [row["score"] for row in rows if row["score"] is not None]
@@ -47,6 +52,14 @@ def arm_name(config: GenerateConfig, has_lora: bool) -> str:
     return "+".join(parts)
 
 
+def _tell_idle(correction: CorrectionConfig) -> None:
+    """Settings of a correction that does not take place."""
+    plain = CorrectionConfig()
+    idle = [name for name, value in correction if value != getattr(plain, name)]
+    if correction.correct == 0 and idle:
+        log.warning("`%s` is set, but `correct` is 0, so nothing is corrected; give --correct too", idle[0])
+
+
 def read_prompts(config: GenerateConfig) -> list[str]:
     """The prompts given one by one, then those of the file.
 
@@ -57,20 +70,3 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         *config.prompt,
         *(line.text for line in (read_prompts_file(config.prompts_file) if config.prompts_file else ())),
     ]
-
-
-def parse_seeds(text: str) -> list[int]:
-    """`0`, `0,3,7` or `0-3` (both ends), in any mix; a seed given twice counts once.
-
-    Raises:
-        InputError: it is none of that.
-    """
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise InputError(
-                f"seeds `{text}`: `{part.strip()}` is neither a number nor a range; write `0`, `0,3,7`, `0-3`"
-            )
-        seeds.extend(range(int(first), int(last) + 1) if dash else [int(first)])
-    return list(dict.fromkeys(seeds))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from accelerate import PartialState
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dpt_t2i.errors import InputError
+from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.sampling.contact_sheet import contact_sheet
 from dpt_t2i.sampling.generate import Generated, Job
 from dpt_t2i.sampling.shares import share_of
@@ -41,16 +42,24 @@ def write_shared(
     """`write_generation` by all processes of `state`; the rows on the main one, [] on the others.
 
     An image depends on its prompt, seed and settings alone, so the number of processes changes nothing.
+
+    Raises:
+        Stopped: Ctrl-C; what is finished stays.
     """
-    if state.num_processes > 1:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        missing = [job for job in jobs if _finished(folder / image_file(job), _wanted(job, settings)) is None]
-        state.wait_for_everyone()  # nobody writes before all have looked
-        mine = [missing[i] for i in share_of(len(missing), state)]
-        for job, image in zip(mine, make(mine) if mine else (), strict=True):
-            write_image(folder, job, image, settings)
-        state.wait_for_everyone()
-    return write_generation(folder, jobs, make, settings, arm) if state.is_main_process else []
+    try:
+        if state.num_processes > 1:
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+            missing = [job for job in jobs if _finished(folder / image_file(job), _wanted(job, settings)) is None]
+            state.wait_for_everyone()  # nobody writes before all have looked
+            mine = [missing[i] for i in share_of(len(missing), state)]
+            for job, image in zip(mine, make(mine) if mine else (), strict=True):
+                write_image(folder, job, image, settings)
+            state.wait_for_everyone()
+        return write_generation(folder, jobs, make, settings, arm) if state.is_main_process else []
+    except KeyboardInterrupt:
+        raise Stopped(
+            int(signal.SIGINT), f"stopped; the same command draws what is still missing in {folder}"
+        ) from None
 
 
 def write_generation(
@@ -96,6 +105,12 @@ def write_generation(
     ordered = [rows[job] for job in jobs]
     _write_manifest(folder, ordered)
     _save_png(folder / "contact_sheet.png", contact_sheet(folder, ordered))
+    others = len(list((folder / "images").glob("*.png"))) - len({row["file"] for row in ordered})
+    if others:
+        log.warning(
+            "%d more images lie in %s, of other prompts or seeds than now; manifest and contact sheet leave them out",
+            others, folder / "images",
+        )  # fmt: skip
     return ordered
 
 

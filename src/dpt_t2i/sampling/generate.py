@@ -73,6 +73,23 @@ def jobs_of(prompts: Sequence[str], seeds: Sequence[int], own_noise: bool = Fals
     ]
 
 
+def parse_seeds(text: str) -> list[int]:
+    """`0`, `0,3,7` or `0-3` (both ends), in any mix; a seed given twice counts once.
+
+    Raises:
+        InputError: it is none of that.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise InputError(
+                f"seeds `{text}`: `{part.strip()}` is neither a number nor a range; write `0`, `0,3,7`, `0-3`"
+            )
+        seeds.extend(range(int(first), int(last) + 1) if dash else [int(first)])
+    return list(dict.fromkeys(seeds))
+
+
 def generate(
     backbone: Backbone,
     jobs: Sequence[Job],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from dpt_t2i.backbones.loading import choose_artifacts, load_backbone
 from dpt_t2i.backbones.lora import load_lora, lora_parameters, lora_sizes
 from dpt_t2i.config import GenerateConfig, ModelConfig, SampleConfig, build_config
 from dpt_t2i.errors import InputError
-from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of
+from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of, parse_seeds
+from dpt_t2i.sampling.images import open_image
 from dpt_t2i.sampling.judgement import Judgement, judge_image
 from dpt_t2i.sampling.loop import Step, eta_of, guidance_interval_of, guidance_of
 from dpt_t2i.sampling.scoring import Judge, MatchScorer
@@ -39,20 +41,23 @@ class T2IModel:
         return self.backbone.pipeline
 
     def generate(
-        self, prompts: str | Sequence[str], seeds: int | Sequence[int] = 0, **settings: Any
+        self, prompts: str | Sequence[str], seeds: int | str | Sequence[int] = 0, **settings: Any
     ) -> list[Image.Image]:
         """Every prompt with every seed, prompt by prompt.
 
         Args:
+            seeds: one, several, or as the command line has them: `"0-3"`.
             settings: any setting of `dpt generate` by its flag's name: `steps=20, guidance_scale=5, correct=0.5,
                 best_of=4, height=64`.
 
         Raises:
-            InputError: an unknown setting (names the nearest), or one that needs an adapter where there is none.
+            InputError: an unknown setting (names the nearest), seeds that cannot be read, or a setting that needs an
+            adapter where there is none.
         """
         config = build_config(GenerateConfig, overrides=settings)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        jobs = jobs_of(texts, [seeds] if isinstance(seeds, int) else list(seeds), config.own_noise)
+        numbers = parse_seeds(seeds) if isinstance(seeds, str) else [seeds] if isinstance(seeds, int) else list(seeds)
+        jobs = jobs_of(texts, numbers, config.own_noise)
         return [made.image for made in self.run(jobs, config)]
 
     def run(
@@ -82,18 +87,23 @@ class T2IModel:
         """A judge of finished images, None without an adapter."""
         return None if self.scorer is None else Judge(self.scorer, timestep, draws, seed)
 
-    def score(self, image: Image.Image, prompt: str, timestep: int = 250, draws: int = 4, seed: int = 0) -> Judgement:
+    def score(
+        self, image: Image.Image | str | PathLike[str], prompt: str, timestep: int = 250, draws: int = 4, seed: int = 0
+    ) -> Judgement:
         """Score an image of any size against a prompt, and say where each thing that it names was found.
 
         Args:
+            image: a picture in RGB, or the path of a file.
             timestep: noise level at which the image is judged.
             draws: fixed noises over which scores and boxes are averaged.
 
         Raises:
-            InputError: there is no adapter, or the prompt is empty.
+            InputError: there is no adapter, the prompt is empty, or the file is no picture.
         """
         if self.scorer is None:
             raise InputError("scoring needs an adapter; give `adapter`, or a base that ships one")
+        if not isinstance(image, Image.Image):
+            image = open_image(Path(image))
         return judge_image(self.scorer, image, prompt, timestep, draws, seed)
 
     def settings(self, config: GenerateConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ or, for every step from the first on, for pipelines without callbacks, and for t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -21,7 +22,7 @@ import torch
 
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
-from dpt_t2i.backbones.fingerprint import check_fingerprint
+from dpt_t2i.backbones.fingerprint import check_fingerprint, lora_hash
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import backbone_of
 from dpt_t2i.config import CorrectionConfig, build_config, resolve_key
@@ -31,6 +32,8 @@ from dpt_t2i.sampling.offload import check_offload
 from dpt_t2i.sampling.pipeline_hooks import DenoiserHook, StateCallback
 from dpt_t2i.sampling.schedulers import check_state_sampler
 from dpt_t2i.sampling.scoring import MatchScorer
+
+log = logging.getLogger(__name__)
 
 
 class SelfCorrection:
@@ -57,6 +60,11 @@ class SelfCorrection:
             adapter, _ = load_adapter(Path(adapter), torch.device("cpu"), self.backbone.fingerprint())
         elif adapter.origin is not None:
             check_fingerprint(adapter.origin.base, self.backbone.fingerprint(), "the adapter")
+        if adapter.origin is not None and adapter.origin.base.get("lora") and lora_hash(self.backbone.denoiser) is None:
+            log.warning(
+                "the adapter was trained together with a LoRA and the pipeline has none: its score may mislead; call "
+                "`pipeline.load_lora_weights` first, unless the LoRA is merged into the weights"
+            )
         # A strength means another thing under another rule, so one that is given stands alone.
         given = {resolve_key(CorrectionConfig, key) for key in settings}
         asks = adapter.origin is not None and "correct" not in given
