@@ -30,14 +30,14 @@ def test_a_model_that_loads_is_described(base: Path) -> None:
     assert model["loads"] and model["image_size"] == [32, 32] and "up1" in model["taps"]
     assert model["denoiser_parameters"] == sum(weight.numel() for weight in tiny_pipeline().unet.parameters())
     assert result["versions"]["torch"] == torch.__version__ and result["device"] == "cpu"
-    assert result["fits"]["corrected_images"] >= result["fits"]["tune_batch"] >= 1
+    assert result["fits"]["corrected_image"] == 1 and result["fits"]["tune_batch"] >= 1
     assert str(base.parent) not in str(result)  # no private path in what people paste into issues
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux", "pixart_sigma", "sdxl"])
 def test_a_family_without_the_papers_tap_is_described_too(family: str, tmp_path: Path) -> None:
     result = doctor.run_doctor(settings(pretrained_model_name_or_path=str(FAMILIES[family](tmp_path / family))))
-    assert result["model"]["loads"] and result["fits"]["corrected_images"] >= 1
+    assert result["model"]["loads"] and result["fits"]["corrected_image"] == 1
 
 
 def test_a_model_that_does_not_load_is_a_finding(tmp_path: Path) -> None:
@@ -63,3 +63,23 @@ def test_counting_leaves_the_model_frozen_and_the_tap_costs_less_than_the_whole(
 @pytest.mark.parametrize("number, expected", [(0.9, 0), (1.0, 1), (3.9, 2), (4.0, 4), (100.0, 64)])
 def test_batches_are_powers_of_two(number: float, expected: int) -> None:
     assert doctor._power_below(number) == expected
+
+
+@pytest.mark.parametrize(
+    "free, batch, corrected",
+    [
+        (79, 0, 0),  # three quarters of it, 59.25, are less than the 60 of a correction
+        (80, 0, 1),  # 60; an example takes six passes of 100
+        (799, 0, 1),
+        (800, 1, 1),  # 600
+        (3199, 2, 1),  # 2399.25 are less than four examples' 2400
+        (3200, 4, 1),
+    ],
+)
+def test_what_fits_by_hand(free: int, batch: int, corrected: int, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_memory", lambda device: (free, 10_000))
+    monkeypatch.setattr(doctor, "activation_bytes", lambda backbone, whole: 100 if whole else 60)
+    result = doctor.run_doctor(settings(pretrained_model_name_or_path=str(base)))
+    assert result["fits"] == {"tune_batch": batch, "corrected_image": corrected}
+    assert f"--train_batch_size {batch} in tune" in result["summary"][-1]
+    assert ("does not fit" in result["summary"][-1]) == (not corrected)

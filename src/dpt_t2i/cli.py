@@ -263,7 +263,7 @@ def _usage_message(error: typer.TyperException) -> str:
         return f"{message}; see `{context.command_path} --help`" if context and message[-1:] != "?" else message
     nearest = f"did you mean `{error.possibilities[0]}`?" if error.possibilities else "--help lists the flags"
     context = getattr(error, "ctx", None)
-    if meant := MEANT.get((context.info_name if context else None, option)):
+    if meant := MEANT.get((str(context and context.info_name), str(option))):
         nearest = f"did you mean {meant}?"
     return f"unknown option `{option}`; {nearest}"
 

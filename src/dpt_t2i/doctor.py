@@ -120,14 +120,16 @@ def _look_at_model(model: ModelConfig) -> dict[str, Any]:
 
 
 def _fits(backbone: Backbone) -> dict[str, int] | None:
-    """Largest power of two of examples (tune) and of images with self-correction (generate) at once; 0 = not one."""
+    """Largest power of two of examples at once (tune), 0 = not one; whether an image can be corrected (1 or 0), which
+    `generate` does one at a time.
+    """
     try:
         tuning = PASSES * activation_bytes(backbone, whole=True)
         correcting = activation_bytes(backbone, whole=False)
     except torch.OutOfMemoryError:
-        return {"tune_batch": 0, "corrected_images": 0}
+        return {"tune_batch": 0, "corrected_image": 0}
     budget = (1 - RESERVE) * _memory(backbone.device)[0]  # what the loaded weights left free
-    return {"tune_batch": _power_below(budget / tuning), "corrected_images": _power_below(budget / correcting)}
+    return {"tune_batch": _power_below(budget / tuning), "corrected_image": int(correcting <= budget)}
 
 
 def _power_below(number: float) -> int:
@@ -168,8 +170,9 @@ def _summary(result: dict[str, Any]) -> list[str]:
         f"taps      {' '.join(model['taps'])}",
     ]
     if fits is not None:
+        corrected = "fits" if fits["corrected_image"] else "does not fit"
         lines.append(
-            f"fits      roughly --train_batch_size {fits['tune_batch']} in tune, "
-            f"--batch_size {fits['corrected_images']} in generate with self-correction"
+            f"fits      roughly --train_batch_size {fits['tune_batch']} in tune; in generate an image with "
+            f"self-correction {corrected}"
         )
     return lines

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +54,6 @@ class Half:
 
     def __init__(self, rank: int) -> None:
         self.process_index, self.is_main_process, self.waited = rank, rank == 0, 0
-
-    @contextmanager
-    def split_between_processes(self, inputs: list[Job]) -> Iterator[list[Job]]:
-        yield inputs[3:] if self.process_index else inputs[:3]
 
     def wait_for_everyone(self) -> None:
         self.waited += 1

@@ -100,7 +100,9 @@ def test_who_draws_is_the_arms_affair(base: Path) -> None:
 
 
 def test_sampling_is_the_same_for_every_arm(base: Path) -> None:
-    settings = config(base, seed=3, search=SearchConfig(best_of=7, score_draws=5), onpolicy_lora=base / "run")
+    with pytest.raises(InputError, match="`best_of` is what arms differ in; .* dpt_best4"):
+        recipe_of(ARMS["base"], config(base, search=SearchConfig(best_of=7)))
+    settings = config(base, seed=3, search=SearchConfig(score_draws=5), onpolicy_lora=base / "run")
     recipes = [recipe_of(ARMS[name], settings).settings for name in ("base", "dpt", "dpt_best4", "dpt_onpolicy")]
     assert all(r == recipes[0] for r in recipes)
     assert recipes[0].search == SearchConfig(best_of=1, score_draws=5) and recipes[0].seed == 3

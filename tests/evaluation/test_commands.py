@@ -147,3 +147,20 @@ def test_a_model_that_never_drew_the_world_is_told_so(
     monkeypatch.setattr(commands, "run_arms", lambda *_: result | {"arms": {"base": none, "dpt": none}})
     last = commands.run_alignment(AlignmentConfig(output_dir=tmp_path))["summary"][-1]
     assert last.startswith("warning: no arm drew a single right image")
+
+
+@pytest.mark.parametrize("run", [commands.run_itm, commands.run_rec])
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ({"max_samples": 3}, "--val_samples says how many"),
+        ({"scene_categories": ("counting",)}, "scene_categories is for training"),
+        ({"dataloader_num_workers": 2}, "dataloader_num_workers is for training"),
+    ],
+)
+def test_what_only_training_reads_is_refused(
+    loaded: list[tuple[Any, ...]], tmp_path: Path, run: Any, setting: dict[str, Any], said: str
+) -> None:
+    config = discrimination(tmp_path)
+    with pytest.raises(InputError, match=said):
+        run(config.model_copy(update={"data": config.data.model_copy(update=setting)}))

@@ -10,7 +10,7 @@ def test_a_row_a_prompt_and_a_column_a_seed(tmp_path):
             file = f"{index}_{seed}.png"
             Image.new("RGB", (32, 32), (index * 100, column * 100, 50)).save(tmp_path / file)
             rows.append({"file": file, "prompt_index": index, "prompt": prompt, "seed": seed})
-    sheet = contact_sheet(tmp_path, rows[::-1][::-1])
+    sheet = contact_sheet(tmp_path, [rows[place] for place in (1, 0, 3, 2)])  # columns go by seed
     assert sheet.size == (2 * THUMBNAIL, 2 * (THUMBNAIL + CAPTION))
     for index in (0, 1):
         for column in (0, 1):

@@ -24,8 +24,14 @@ def assert_same(one, other) -> None:
 
 def test_jobs_are_every_prompt_with_every_seed():
     assert jobs_of(["p", "q"], [3, 1]) == [Job(0, "p", 3, 3), Job(0, "p", 1, 1), Job(1, "q", 3, 3), Job(1, "q", 1, 1)]
-    for prompts, seeds in (([], [0]), (["p"], []), (["p"], [-1]), (["p"], [2**32]), (["a \ud83d circle"], [0])):
-        with pytest.raises(InputError):
+    for prompts, seeds, said in (
+        ([], [0], "nothing to generate"),
+        (["p"], [], "nothing to generate"),
+        (["p"], [-1], "seed -1 is negative"),
+        (["p"], [2**32], "seed 4294967296 is too large"),
+        (["a \ud83d circle"], [0], "is no text"),
+    ):
+        with pytest.raises(InputError, match=said):
             jobs_of(prompts, seeds)
 
 

@@ -9,7 +9,7 @@ import torch
 from dpt_t2i.adapter.score import match_score
 from dpt_t2i.backbones.lora import add_lora
 from dpt_t2i.backbones.types import Features
-from dpt_t2i.config import DenoiseConfig, ItmRecConfig
+from dpt_t2i.config import DenoiseConfig, DistillConfig, ItmRecConfig
 from dpt_t2i.data.examples import Examples, collate
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.objectives.itm import itm_loss
@@ -312,7 +312,30 @@ def test_evaluations_without_a_negative_are_left_out(parts):
 
 
 def test_weights_follow_the_config():
-    denoise = DenoiseConfig(mse_loss_coef=3, denoise_itm_coef=5, denoise_dpo_coef=6)
-    weights = weights_of(ItmRecConfig(itm_coef=2, giou_coef=7), denoise)
-    assert (weights["loss_i2t"], weights["loss_t2i"], weights["loss_giou"], weights["loss_mse"]) == (2, 2, 7, 3)
-    assert (weights["loss_denoise_itm"], weights["loss_denoise_dpo"]) == (5, 6)
+    loss = ItmRecConfig(itm_coef=2, ce_coef=3, bbox_coef=4, giou_coef=5, align_coef=6)
+    denoise = DenoiseConfig(mse_loss_coef=7, denoise_itm_coef=8, denoise_dpo_coef=9)
+    assert weights_of(loss, denoise, DistillConfig(distill_coef=10)) == {
+        "loss_i2t": 2,
+        "loss_t2i": 2,
+        "loss_ce": 3,
+        "loss_bbox": 4,
+        "loss_giou": 5,
+        "loss_align": 6,
+        "loss_mse": 7,
+        "loss_denoise_itm": 8,
+        "loss_denoise_dpo": 9,
+        "loss_distill": 10,
+    }
+
+
+def test_no_object_class_and_temperature_are_those_of_the_config(parts):
+    backbone, taps, adapter, batch, encoded, draw = parts
+    loss = ItmRecConfig(eos_coef=0.3, align_temperature=0.2)
+    with torch.no_grad():
+        terms = ProbeObjective(backbone, adapter, taps, loss)(encoded, draw, 3.0)
+        _, _, output = by_hand(backbone, taps, adapter, batch, draw)
+        want = rec_losses(output, encoded.targets, 3.0, eos_coef=0.3, temperature=0.2)
+        usual = rec_losses(output, encoded.targets, 3.0)
+    for name in ("loss_ce", "loss_align"):
+        torch.testing.assert_close(terms[name], want[name], rtol=1e-4, atol=1e-5)
+        assert (want[name] - usual[name]).abs() > 1e-3

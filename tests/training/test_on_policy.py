@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dpt_t2i.config import ItmRecConfig
+from dpt_t2i.config import ItmRecConfig, SampleConfig
 from dpt_t2i.data.examples import Batch, Examples, collate
 from dpt_t2i.data.records import Expression, Record
 from dpt_t2i.sampling.generate import Job
@@ -39,10 +39,12 @@ class Painter:
     def __init__(self) -> None:
         self.calls: list[list[Job]] = []
         self.modes: list[bool] = []
+        self.settings: list[SampleConfig] = []
 
     def __call__(self, backbone: Any, jobs: Sequence[Job], settings: Any, **size: int) -> Iterator[SimpleNamespace]:
         assert size == {"height": 8, "width": 8} and not torch.is_grad_enabled()
         self.calls.append(list(jobs))
+        self.settings.append(settings)
         self.modes.append(backbone.denoiser.training)
         for job in jobs:
             yield SimpleNamespace(image=shade(100 + int(job.prompt.split()[1])))
@@ -159,3 +161,29 @@ def test_samples_are_drawn_in_eval_mode_and_the_mode_comes_back(painter, trainin
     running(0, batch_of([0]))
     assert painter.modes == [False]
     assert running.backbone.denoiser.training is training
+
+
+def test_samples_are_drawn_as_the_config_says(painter):
+    loss = ItmRecConfig(
+        on_policy_fraction=1.0, on_policy_pool=2, on_policy_steps=7, on_policy_guidance=1.5, on_policy_eta=0.5
+    )
+    OnPolicy(loss, SimpleNamespace(denoiser=nn.Linear(1, 1)), EXAMPLES, 0)(0, batch_of(range(2)))  # type: ignore[arg-type]
+    (how,) = painter.settings
+    assert (how.steps, how.guidance_scale, how.eta) == (7, 1.5, 0.5)
+
+
+def test_a_kept_pool_is_taken_up_where_it_was(painter, tmp_path):
+    first = policy(0.5, every=10)
+    first.save(tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing is drawn yet"
+    first(12, batch_of(range(16)))
+    first.save(tmp_path)
+    assert len(painter.calls) == 1
+    again = policy(0.5, every=10)
+    again.load(tmp_path)
+    want, got = first(13, batch_of(range(16))), again(13, batch_of(range(16)))
+    assert len(painter.calls) == 1, "of the same round: nothing is drawn anew"
+    assert torch.equal(want.hard_images, got.hard_images) and want.captions == got.captions
+    assert want.has_hard_image.any()
+    again(20, batch_of(range(16)))
+    assert len(painter.calls) == 2, "the next round has a pool of its own"

@@ -191,6 +191,8 @@ def test_matching_by_the_error_needs_no_adapter_and_the_next_run_goes_on_from_it
         ("denoise_only", {"denoise_itm_coef": 1.0}, "leave out denoise_itm_coef"),
         ("denoise_only", {"denoise_dpo_coef": 1.0}, "leave out denoise_itm_coef and denoise_dpo_coef"),
         ("denoise_itm", {}, "needs a denoise_itm_coef or denoise_dpo_coef over 0"),
+        ("denoise_only", {"on_policy_fraction": 0.5}, "has no ITM and REC: leave out on_policy_fraction"),
+        ("denoise_only", {"lora_itm_rec_share": 0.0}, "has no ITM and REC: leave out lora_itm_rec_share"),
     ],
 )
 def test_a_weight_that_does_not_go_with_the_objective(tune_config, objective, weight, message):
@@ -210,7 +212,7 @@ def test_preference_alone_is_an_objective(tune_config):
 def test_on_policy_negatives_run(probe_config):
     config = probe_config(on_policy_fraction=0.5, on_policy_pool=2, max_train_steps=1)
     run_probe(config)
-    assert (config.output_dir / "adapter" / "model.safetensors").is_file()
+    assert load_file(config.output_dir / "checkpoint-1" / "on_policy.safetensors")["pixels"].shape == (2, 32, 32, 3)
 
 
 def test_tune_without_an_adapter_is_refused(tune_config):

@@ -109,5 +109,6 @@ def test_three_kills_change_nothing(probe_config, tune_config, tmp_path, monkeyp
 
     want, got = state_of(straight.output_dir), state_of(tmp_path / "killed")
     assert want.keys() == got.keys() and len([name for name in want if name.endswith(".safetensors")]) >= 6
+    assert [name for name in want if name.endswith("on_policy.safetensors")], "the pool of own samples too"
     assert [name for name in want if want[name] != got[name]] == []
     assert not list((tmp_path / "killed").glob(".checkpoint-*"))

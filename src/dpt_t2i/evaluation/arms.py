@@ -114,10 +114,12 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
 
     Raises:
         InputError: a LoRA or adapter that the arm needs was neither given nor ships, no correction strength is known,
-            `lora_draws` is off, or the correction is fused and the LoRA only judges.
+            `lora_draws` is off, `best_of` is given, or the correction is fused and the LoRA only judges.
     """
     if not config.sample.lora_draws:
         raise InputError("`no_lora_draws` is what arms differ in; leave it out and name judge_correct or judge_best4")
+    if config.search.best_of > 1:
+        raise InputError("`best_of` is what arms differ in; leave it out and name dpt_best4, beside random")
     base, revision = config.model.pretrained_model_name_or_path, config.model.revision
     for_lora, for_adapter = _LORAS[arm.lora], _ADAPTERS[arm.adapter]
     lora, adapter = choose_artifacts(base, for_lora.of(config), for_adapter.of(config), revision)
@@ -128,13 +130,12 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
     correction = _correction(config, adapter) if arm.corrected else CorrectionConfig()
     if arm.judges and correction.correction_fused:
         raise InputError(f"arm `{arm.name}` draws by the plain base, which correction_fused cannot; leave that out")
-    search = config.search.model_copy(update={"best_of": 1})
     settings = GenerateConfig(
         model=config.model,
         own_noise=config.own_noise,
         sample=config.sample.model_copy(update={"lora_draws": not arm.judges}),
         correction=correction,
-        search=search,
+        search=config.search,
         seed=config.seed,
     )
     return Recipe(lora, adapter, settings)

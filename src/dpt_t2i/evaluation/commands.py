@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 
 from dpt_t2i.backbones.fingerprint import part_hashes
-from dpt_t2i.config import AlignmentConfig, DiscriminationConfig, ScoreConfig
+from dpt_t2i.config import AlignmentConfig, DataConfig, DiscriminationConfig, ScoreConfig
 from dpt_t2i.data.index import RecordIndex
 from dpt_t2i.data.sources import open_records
 from dpt_t2i.errors import InputError
@@ -152,11 +152,21 @@ def _timesteps(config: DiscriminationConfig, scorer: MatchScorer) -> tuple[int, 
 
 def _examples(config: DiscriminationConfig, scorer: MatchScorer, state: PartialState) -> HeldOut:
     """This process's part of the held-out examples."""
+    _refuse_trainings(config.data)
     size = config.data.resolution or min(scorer.backbone.image_size)
     records = open_records(config.data, "val", size)
     if config.all_expressions:
         records = RecordIndex(each_expression(records))
     return HeldOut(records, size, share_of(len(records), state))
+
+
+def _refuse_trainings(data: DataConfig) -> None:
+    """Settings of the data that only training reads. Raises `InputError`."""
+    if data.max_samples is not None and data.data_format != "huggingface":  # there it is how many rows are fetched
+        raise InputError("max_samples limits what is trained on; --val_samples says how many records are measured")
+    for name in ("scene_categories", "dataloader_num_workers"):
+        if getattr(data, name):
+            raise InputError(f"{name} is for training and changes nothing here; leave it out")
 
 
 def _origin(config: DiscriminationConfig, examples: int) -> dict[str, Any]:

@@ -135,6 +135,9 @@ def _check_weights(config: TuneConfig) -> None:
             "the control learns from denoising alone; leave out denoise_itm_coef and denoise_dpo_coef, or set "
             "objective to denoise_itm"
         )
+    for section, name in ((config.loss, "on_policy_fraction"), (config.lora, "lora_itm_rec_share")):
+        if config.objective != "dpt" and getattr(section, name) != getattr(type(section)(), name):
+            raise InputError(f"objective {config.objective} has no ITM and REC: leave out {name}, or set it to dpt")
     if config.objective != "dpt" and distill > 0:
         raise InputError(
             f"objective {config.objective} has no teacher: leave out distill_coef, or set objective to dpt"
