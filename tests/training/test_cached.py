@@ -171,6 +171,21 @@ def test_other_weights_find_nothing(backbone, data, run):
     assert len(resized.latents) == 0 and len(resized.text) > 0  # a text has no pixels
 
 
+@pytest.mark.parametrize("change", [{"pad_token": "<|startoftext|>"}, {"padding_side": "left"}])
+def test_other_padding_finds_nothing(backbone, data, run, change):
+    """What stands behind a text is read too, by cross-attention."""
+    run(data)
+    other = tiny_backbone()
+    for name, value in change.items():
+        assert getattr(other.pipeline.tokenizer, name) != value
+        setattr(other.pipeline.tokenizer, name, value)
+    cached = CachedEncodings(data.cache_dir, other, 32, "float16")
+    assert len(cached.text) == 0 and len(cached.latents) > 0
+    again = tiny_backbone()
+    again.pipeline.tokenizer(["a", "a star"], padding="longest", truncation=True)  # a call leaves its wishes in there
+    assert len(CachedEncodings(data.cache_dir, again, 32, "float16").text) > 0
+
+
 def test_the_posterior_keeps_its_noise(backbone, data, run):
     run(data.model_copy(update={"cache_dtype": "float32"}))
     cached = CachedEncodings(data.cache_dir, backbone, 32, "float32")

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, rotate, are found by name, and give AdamW its moments back."""
 
+import errno
 import json
 import subprocess
 from collections.abc import Iterator
@@ -221,9 +222,12 @@ def test_what_lies_after_the_step_gone_on_from_is_dropped(tmp_path):
     assert [step for step, _ in checkpoints(tmp_path)] == [2, 9]
 
 
-def test_find_checkpoint(tmp_path):
+def test_find_checkpoint(tmp_path, caplog):
     run = tmp_path / "run"
     assert find_checkpoint(run, None) is None
+    assert find_checkpoint(run, "latest") is None, "a scheduler gives the first start the restart's command"
+    assert f"{run} holds no checkpoint yet" in caplog.text
+    (run / "checkpoint-1").mkdir(parents=True)
     with pytest.raises(InputError, match="`latest`, but .* holds no whole checkpoint"):
         find_checkpoint(run, "latest")
     for step in (2, 10):
@@ -232,6 +236,9 @@ def test_find_checkpoint(tmp_path):
     assert find_checkpoint(run, "latest") == run / "checkpoint-10"
     assert find_checkpoint(run, "checkpoint-2") == run / "checkpoint-2"
     assert find_checkpoint(tmp_path / "other", str(run / "checkpoint-2")) == run / "checkpoint-2"
+    write(tmp_path / "other", 7)
+    with pytest.raises(InputError, match="checkpoint-2 is of another run, and .*other holds checkpoints of its own"):
+        find_checkpoint(tmp_path / "other", str(run / "checkpoint-2"))
     with pytest.raises(InputError, match="resume_from_checkpoint checkpoint-3 is no checkpoint"):
         find_checkpoint(run, "checkpoint-3")
 
@@ -282,3 +289,17 @@ def test_moments_of_another_model_are_refused(tmp_path):
     parameters, optimizer = trained(4)
     with pytest.raises(InputError, match=r"of another model: `used` is \(2,\) there"):
         read_optimizer(folder, parameters, optimizer)
+
+
+def test_an_old_checkpoint_that_a_network_disk_holds_on_to_ends_no_run(tmp_path, monkeypatch):
+    real = checkpoint.shutil.rmtree
+
+    def held(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        real(path, ignore_errors=True)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", held)
+    for step in (1, 2, 3):
+        write(tmp_path, step, keep=2)
+    assert [step for step, _ in checkpoints(tmp_path)] == [2, 3]

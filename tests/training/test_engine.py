@@ -24,7 +24,8 @@ from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.training import signals as signals_room
 from dpt_t2i.training.checkpoint import checkpoints
 from dpt_t2i.training.denoising import Draw
-from dpt_t2i.training.engine import Job, _rate_factor, _step, train
+from dpt_t2i.training.engine import Job, _count_on_cpu, _rate_factor, _step, train
+from dpt_t2i.training.occupied import occupied
 from dpt_t2i.training.signals import Signals
 from dpt_t2i.training.trackers import read_metrics
 from dpt_t2i.training.windows import Feed, draws, mix
@@ -186,8 +187,15 @@ def test_bounds_are_kept_after_every_step(tmp_path, accelerator):
     assert model.w.tolist() == pytest.approx([-0.05, 0.15])  # free it would be at -0.3, 0.3
 
 
-def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path, accelerator):
+def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path, accelerator, caplog):
     train(job(tmp_path, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9), accelerator)
+    before = read_metrics(tmp_path / "metrics.jsonl")
+    failing = job(tmp_path, Poisoned(1), checkpointing_steps=1, resume_from_checkpoint="checkpoint-2")
+    with pytest.raises(InputError, match="step 3: the loss is not finite"):
+        train(failing, accelerator)
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 2, 3, 4], "nothing goes before there is something new"
+    assert "goes back to step 2: checkpoint-3, checkpoint-4 will be removed" in caplog.text
+    assert read_metrics(tmp_path / "metrics.before.jsonl") == before
     again = job(tmp_path, max_train_steps=3, checkpointing_steps=9, resume_from_checkpoint="checkpoint-2")
     train(fed(again, train=again.feed.train.model_copy(update={"checkpoints_total_limit": 9})), accelerator)
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 2, 3]
@@ -338,6 +346,13 @@ def test_a_loss_that_is_not_finite_is_no_step_and_its_batch_is_kept(tmp_path, ac
         assert saved.get_tensor("1.timesteps").tolist() == [7]
 
 
+def test_a_run_keeps_the_batches_of_its_first_faults_alone(tmp_path, accelerator):
+    """A few per cent of the steps of days would fill the disk."""
+    train(job(tmp_path, Poisoned(*range(1, 15)), on_nan="skip", max_train_steps=15), accelerator)
+    assert len(list((tmp_path / "nan").iterdir())) == 10
+    assert train_rows(tmp_path)[-1]["skipped"] == 14
+
+
 def train_rows(folder: Path) -> list[dict[str, Any]]:
     return [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "train"]
 
@@ -474,6 +489,62 @@ def test_an_unknown_best_metric_is_named(tmp_path, accelerator):
     given = replace(job(tmp_path, best_metric="itm"), validate=lambda: {"itm_text": 0.1, "rec_p1": 0.2})
     with pytest.raises(InputError, match="best_metric `itm` is no held-out figure .* there are itm_text, rec_p1"):
         train(given, accelerator)
+
+
+def test_the_checkpoint_comes_before_all_that_may_fail(tmp_path, accelerator):
+    """Else a run whose validation fails would lose its steps, and fail at the same place when it goes on."""
+
+    def failing():
+        if not checkpoints(tmp_path):
+            return {"itm_text": 0.0}
+        raise InputError("a score is NaN")
+
+    given = replace(job(tmp_path, validation_steps=2, checkpointing_steps=2), validate=failing)
+    with pytest.raises(InputError, match="a score is NaN"):
+        train(given, accelerator)
+    assert [step for step, _ in checkpoints(tmp_path)] == [2]
+
+
+def test_a_best_found_behind_its_checkpoint_lets_the_former_best_go(tmp_path, accelerator):
+    figures = iter([0.0, 0.5, 0.1, 0.2, 0.9])
+    settings = {"max_train_steps": 4, "validation_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    train(replace(job(tmp_path, **settings), validate=lambda: {"itm_text": next(figures)}), accelerator)
+    assert [step for step, _ in checkpoints(tmp_path)] == [4]
+
+
+def test_samples_that_fail_end_no_run(tmp_path, accelerator, caplog):
+    def failing(step):
+        raise InputError("the gradient of the score is NaN")
+
+    train(replace(job(tmp_path), sample=failing, sample_every=2), accelerator)
+    assert "step 2: no samples: the gradient of the score is NaN" in caplog.text
+    assert [step for step, _ in checkpoints(tmp_path)] == [4]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, accelerator):
+    with occupied(tmp_path):
+        with pytest.raises(InputError, match=f"another run is at work in {tmp_path}; .* another --output_dir"):
+            train(job(tmp_path), accelerator)
+        assert not (tmp_path / "metrics.jsonl").exists(), "nothing of the other's is touched"
+    train(job(tmp_path), accelerator)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_adamw_counts_on_the_cpu_wherever_its_state_was_taken():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2, device="meta"))])
+    (parameter,) = optimizer.param_groups[0]["params"]
+    optimizer.state[parameter] = {"step": SimpleNamespace()}
+    _count_on_cpu(optimizer)  # the 8-bit one's is no tensor
+    moved = []
+
+    class Counter(Tensor):
+        def cpu(self):
+            moved.append(1)
+            return self
+
+    optimizer.state[parameter] = {"step": torch.tensor(3.0).as_subclass(Counter)}
+    _count_on_cpu(optimizer)
+    assert moved == [1]
 
 
 def test_samples_come_when_due(tmp_path, accelerator):

@@ -191,4 +191,20 @@ def test_two_processes_share_the_boxes_of_a_step(tmp_path: Path) -> None:
     forked.run(body, tmp_path / "logs", world=2)
 
 
+def test_processes_that_found_different_checkpoints_are_stopped(tmp_path: Path) -> None:
+    """Nodes may have disks of their own, with different ones: gradients are shared, weights are not, nobody sees it."""
+
+    def body() -> None:
+        accelerator = Accelerator(cpu=True)
+        folder = tmp_path / str(accelerator.process_index)
+        given = job(folder, max_train_steps=9, resume_from_checkpoint="latest")
+        with pytest.raises(InputError, match=r"different checkpoints \(steps 3, 2\): .* one folder that all machines"):
+            train(given, accelerator)
+
+    for rank, steps in enumerate((3, 2)):
+        done = partial(train, job(tmp_path / str(rank), max_train_steps=steps, train_batch_size=4))
+        forked.run(lambda done=done: done(Accelerator(cpu=True)), tmp_path / "logs")  # type: ignore[misc]
+    forked.run(body, tmp_path / "logs", world=2)
+
+
 BOXES = ((1, 0), (4, 7))

@@ -279,6 +279,26 @@ def test_wrong_tap_for_an_adapter_is_named(probe_config, tune_config):
         run_tune(tune_config(adapter=str(probe.output_dir / "adapter"), tap="mid"))
 
 
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({"hidden_dim": 32}, "has hidden_dim 16, this run asks for 32; use its settings"),
+        ({"num_queries_rec": 5}, "has num_queries_rec 3, this run asks for 5"),
+        ({"tap": "mid"}, "has tap up1, this run asks for mid"),
+    ],
+)
+def test_going_on_with_another_adapter_is_one_line(probe_config, other, said):
+    run_probe(probe_config(max_train_steps=1))
+    with pytest.raises(InputError, match=said):
+        run_probe(probe_config(resume_from_checkpoint="latest", **other))
+
+
+def test_a_warm_up_that_the_schedule_does_not_have_is_refused(probe_config):
+    with pytest.raises(InputError, match="lr_scheduler constant has no warm-up; give --lr_scheduler constant_with"):
+        run_probe(probe_config(lr_warmup_steps=10))
+    run_probe(probe_config(max_train_steps=1, lr_warmup_steps=10, lr_scheduler="constant_with_warmup"))
+
+
 def test_a_used_folder_is_not_overwritten(probe_config):
     config = probe_config(max_train_steps=1)
     run_probe(config)

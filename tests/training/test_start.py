@@ -111,6 +111,13 @@ def test_a_tuned_caption_encoder_comes_along_and_stays_with_the_adapter(tmp_path
     before = (keep / "model.safetensors").stat().st_mtime_ns
     restore_start(file, NO_BASE, UP1, settings, keep=keep)  # a run that goes on, and every other process
     assert (keep / "model.safetensors").stat().st_mtime_ns == before
+    other = with_roberta(RELEASED)
+    other |= {name: value + 1 for name, value in other.items() if "text_encoder" in name and value.is_floating_point()}
+    torch.save(other, tmp_path / "pytorch_model.bin")
+    restore_start(file, NO_BASE, UP1, settings, keep=keep)  # the run was begun anew, from another checkpoint
+    found = load_grounding_text(str(keep), torch.device("cpu")).encoder.state_dict()
+    changed = [name for name, value in tuned_roberta().state_dict().items() if not torch.equal(value, found[name])]
+    assert changed, "the encoder of before is not paired with it"
 
 
 def test_a_tuned_caption_encoder_without_its_start_is_one_line(tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ import pytest
 
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import trackers
-from dpt_t2i.training.trackers import Metrics, best_step, read_metrics, start_trackers, usable_tracker
+from dpt_t2i.training.trackers import (
+    Metrics,
+    best_step,
+    close_trackers,
+    read_metrics,
+    start_trackers,
+    usable_tracker,
+)
 
 
 class Recorder:
@@ -100,13 +107,49 @@ def test_a_tracker_that_does_not_start_is_a_warning(caplog):
     class Offline(Recorder):
         trackers = ["half made"]
 
-        def init_trackers(self, project, init_kwargs):
+        def init_trackers(self, project, config, init_kwargs):
             assert (project, init_kwargs["wandb"]) == ("dpt-t2i", {"name": "my_run"})
+            assert config == {"train.learning_rate": 0.1, "model.lora": "None", "timesteps": "[500, 250]", "on": True}
             raise RuntimeError("no API key")
 
     accelerator = Offline()
-    start_trackers(accelerator, "my_run")
+    settings = {"train.learning_rate": 0.1, "model.lora": None, "timesteps": [500, 250], "on": True}
+    start_trackers(accelerator, "my_run", settings)
     assert accelerator.trackers == [] and "does not start (no API key)" in caplog.text
+
+
+def test_a_tracker_that_fails_in_the_middle_ends_no_run(tmp_path, caplog):
+    class Gone(Recorder):
+        trackers = ["a service"]
+
+        def log(self, values, step):
+            if self.trackers:
+                raise BrokenPipeError("the service went away")
+
+    accelerator = Gone()
+    metrics = Metrics(tmp_path, accelerator, 0)
+    for step in (1, 2):
+        metrics.write(step, "train", {"loss": 0.5})
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2] and accelerator.trackers == []
+    assert caplog.text.count("the tracker fails (the service went away); from here on figures go to metrics.jsonl") == 1
+
+
+def test_every_tracker_is_closed_though_one_fails(caplog):
+    closed = []
+
+    class Tracker:
+        def __init__(self, fails):
+            self.fails = fails
+
+        def finish(self):
+            closed.append(self.fails)
+            if self.fails:
+                raise RuntimeError("offline")
+
+    accelerator = Recorder()
+    accelerator.trackers = [Tracker(True), Tracker(False)]
+    close_trackers(accelerator)
+    assert closed == [True, False] and "does not close (offline)" in caplog.text
 
 
 def test_a_figure_that_is_not_finite_is_never_the_best():

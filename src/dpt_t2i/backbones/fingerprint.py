@@ -36,6 +36,11 @@ def lora_hash(module: nn.Module) -> str | None:
     return _hash(state, torch.float32) if state else None
 
 
+def tensors_hash(state: Mapping[str, Tensor]) -> str:
+    """16 hex digits of named tensors, exact in float32."""
+    return _hash(state, torch.float32)
+
+
 def part_hashes(pipeline: Any) -> dict[str, str]:
     """Component name -> hash of the weights that decide an image beside the denoiser's: VAE and text encoders."""
     return {

@@ -52,6 +52,7 @@ class Spec:
     size: int  # pixels of the square, or tokens of a text
     compute_dtype: str  # of the encoder's weights
     dtype: str  # of the rows on disk
+    version: int = 1  # of the code that computes them: a change of it that changes rows takes the next number
 
     @property
     def folder(self) -> str:

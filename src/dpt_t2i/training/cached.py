@@ -5,6 +5,7 @@ The noise of a posterior stays alive: both its moments are kept, before the deno
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -322,12 +323,18 @@ def _block_name(records: Sequence[Record], shares: Sequence[_Share], data: Train
 
 
 def _vocabularies(pipeline: Any) -> dict[str, str]:
-    """Tokenizer -> hash of what it makes of words."""
+    """Tokenizer -> hash of what it makes of a text, padding included."""
     tokenizers = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part}
-    return {
-        name: content_key(repr(sorted(part.get_vocab().items())).encode(), str(part.model_max_length).encode()).hex()
-        for name, part in tokenizers.items()
-    }
+    return {name: content_key(*(repr(part).encode() for part in _rules(one))).hex() for name, one in tokenizers.items()}
+
+
+def _rules(tokenizer: Any) -> Iterator[Any]:
+    """All that decides the tokens of a text."""
+    yield sorted(tokenizer.get_vocab().items())
+    yield tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        told = json.loads(fast.to_str())  # `padding` and `truncation` are of the latest call
+        yield {part: rule for part, rule in told.items() if part not in ("padding", "truncation")}
 
 
 def _joined(hashes: dict[str, str]) -> str:

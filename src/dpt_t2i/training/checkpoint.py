@@ -68,10 +68,15 @@ def write_checkpoint(
         raise InputError(f"cannot write {target}: {error}; earlier checkpoints in {run} are intact") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    rotate(run, keep, spared)
+    return target
+
+
+def rotate(run: Path, keep: int, spared: Collection[int] = ()) -> None:
+    """Drop all but the newest `keep` checkpoints and those of the `spared` steps."""
     for number, old in checkpoints(run)[:-keep]:
         if number not in spared:
             _remove(old)
-    return target
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -85,21 +90,32 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 def drop_later(run: Path, step: int) -> None:
     """Remove checkpoints after `step`: they are of a run that this one replaces, and `latest` would find them."""
-    for number, path in checkpoints(run):
-        if number > step:
-            _remove(path)
+    for path in later(run, step):
+        _remove(path)
+
+
+def later(run: Path, step: int) -> list[Path]:
+    """Whole checkpoints after `step`, oldest first."""
+    return [path for number, path in checkpoints(run) if number > step]
 
 
 def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
-    """The folder that `resume_from_checkpoint` means; None = start afresh. `latest` is the newest whole one.
+    """The folder that `resume_from_checkpoint` means; None = start afresh.
+
+    `latest` is the newest whole one, or None where there is none at all: a scheduler gives the first start and every
+    restart of a job the same command.
 
     Raises:
-        InputError: a checkpoint was asked for and is not there, or not whole.
+        InputError: a checkpoint was asked for and is not there, or not whole; or one of another run, while this folder
+            has checkpoints of its own.
     """
     if wanted is None:
         return None
     if wanted == "latest":
         whole = checkpoints(run)
+        if not whole and not any(_number(path) >= 0 for path in run.glob("checkpoint-*")):
+            log.warning("%s holds no checkpoint yet: the run starts from the beginning", run)
+            return None
         if not whole:
             raise InputError(f"resume_from_checkpoint is `latest`, but {run} holds no whole checkpoint-N")
         newer = sorted(path.name for path in run.glob("checkpoint-*") if _number(path) > whole[-1][0])
@@ -111,6 +127,11 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
         raise InputError(f"resume_from_checkpoint {wanted} is no checkpoint: {path / STATE} is missing")
     if not _is_whole(path):
         raise InputError(f"{path} is damaged: a file is missing or cut short; resume from an earlier one")
+    if path.resolve().parent != run.resolve() and checkpoints(run):
+        raise InputError(
+            f"{path} is of another run, and {run} holds checkpoints of its own, which would be replaced; give another "
+            "--output_dir or --run_name"
+        )
     return path
 
 
@@ -185,7 +206,7 @@ def _remove(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(folder, hidden)
-    shutil.rmtree(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)  # what a network disk holds on to goes with the next checkpoint
 
 
 def _clear_leftovers(run: Path) -> None:

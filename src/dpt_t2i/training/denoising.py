@@ -29,6 +29,9 @@ class Draw:
     timesteps: Tensor  # [B] likewise
     drop_caption: Tensor  # [B] bool: the denoising term sees the empty text
 
+    def to(self, device: torch.device) -> Draw:
+        return Draw(self.noise.to(device), self.timesteps.to(device), self.drop_caption.to(device))
+
 
 @dataclass(frozen=True)
 class Seen:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import shutil
 import signal
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +28,22 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.config import TrainConfig
 from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.objectives.types import Losses
-from dpt_t2i.training.checkpoint import drop_later, find_checkpoint, read_optimizer, write_checkpoint
+from dpt_t2i.training.checkpoint import (
+    STATE,
+    drop_later,
+    find_checkpoint,
+    later,
+    read_optimizer,
+    rotate,
+    write_checkpoint,
+)
 from dpt_t2i.training.faults import describe, save_batch
+from dpt_t2i.training.occupied import occupied
 from dpt_t2i.training.optimizer import make_optimizer
 from dpt_t2i.training.progress import Progress
 from dpt_t2i.training.sharding import ShardedBase, average_gradients, sharding_asked
 from dpt_t2i.training.signals import Signals
-from dpt_t2i.training.trackers import Metrics
+from dpt_t2i.training.trackers import METRICS, Metrics, close_trackers
 from dpt_t2i.training.windows import Feed, Window, mix, windows
 
 LOG_EVERY = 10
@@ -80,12 +91,17 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
             leaves checkpoints as they are.
         Stopped: SIGTERM or SIGINT came; the step's checkpoint is written.
     """
-    run = _Run(job, accelerator)
-    with Signals() as signals, run.progress.bar:  # closed by an error too, whose line then stands by itself
-        run.look()
-        for step, window in enumerate(windows(job.feed, accelerator, run.step), start=run.step):
-            run.take(step, window, signals)
-    run.end()
+    try:
+        with occupied(job.output_dir if accelerator.is_main_process else None):
+            run = _Run(job, accelerator)
+            with Signals() as signals, run.progress.bar:  # closed by an error too, whose line then stands by itself
+                run.look()
+                for step, window in enumerate(windows(job.feed, accelerator, run.step), start=run.step):
+                    run.take(step, window, signals)
+            run.end()
+    except BaseException:
+        close_trackers(accelerator)
+        raise
     _tell_left_out(job.feed, accelerator)
     return run.metrics.held_out.get(run.step, {})
 
@@ -107,8 +123,9 @@ class _Run:
             saved = read_optimizer(checkpoint, self.parameters, self.optimizer)
             _check_identity(checkpoint, saved, self.identity)
             self.step, self.skipped = int(saved["step"]), int(saved.get("skipped", 0))
-            if accelerator.is_main_process:
-                drop_later(job.output_dir, self.step)
+        self.first = self.step
+        _check_same(accelerator, checkpoint, self.step)
+        self.replaces = accelerator.is_main_process and checkpoint is not None and self._replaces_later()
         if job.begin is not None and accelerator.is_main_process:
             job.begin()
         self.factor = _rate_factor(self.settings)
@@ -117,6 +134,7 @@ class _Run:
             self.model, self.wrapped = accelerator.prepare(job.objective, self.optimizer)
         else:
             self.model, self.wrapped = job.objective, accelerator.prepare_optimizer(self.optimizer)
+        _count_on_cpu(self.optimizer)
         if accelerator.scaler is not None and saved.get("scaler"):
             accelerator.scaler.load_state_dict(saved["scaler"])
         self.metrics = Metrics(job.output_dir, accelerator, self.step)
@@ -153,9 +171,12 @@ class _Run:
                 outcome.signal,
                 f"{name}: stopped at {steps}; go on with --resume_from_checkpoint latest in {self.job.output_dir}",
             )
-        is_better = self.look()
-        if is_better or self._due(self.settings.checkpointing_steps):
+        # First of all the checkpoint: validation and samples may fail, and take long.
+        is_kept = self._due(self.settings.checkpointing_steps)
+        if is_kept:
             self.save()
+        if self.look():
+            self._rotate() if is_kept else self.save()
 
     def look(self) -> bool:
         """Validation and samples where they are due and not yet in the metrics; whether this is the best so far.
@@ -172,7 +193,10 @@ class _Run:
         if job.sample is not None and due and self.step not in metrics.sampled:
             with self._whole_base():
                 if self.accelerator.is_main_process:
-                    metrics.write(self.step, "samples", job.sample(self.step))
+                    try:
+                        metrics.write(self.step, "samples", job.sample(self.step))
+                    except InputError as error:  # a correction that is not finite, say: no reason to end a run of days
+                        log.warning("step %d: no samples: %s", self.step, error)
             self.progress.restart(self.step)
         return better
 
@@ -187,7 +211,9 @@ class _Run:
             return
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         extra = {**self.identity, "scaler": scaler, "skipped": self.skipped}
-        best = self.metrics.best(self.settings.best_metric)
+        if self.replaces:
+            drop_later(self.job.output_dir, self.first)
+            self.replaces = False
         write_checkpoint(
             self.job.output_dir,
             self.step,
@@ -196,8 +222,33 @@ class _Run:
             self.job.save_artifacts,
             extra,
             self.settings.checkpoints_total_limit,
-            spared=() if best is None else (best,),
+            spared=self._spared(),
         )
+
+    def _rotate(self) -> None:
+        """Once more where a validation behind the checkpoint found another one the best."""
+        if self.accelerator.is_main_process:
+            rotate(self.job.output_dir, self.settings.checkpoints_total_limit, self._spared())
+
+    def _spared(self) -> tuple[int, ...]:
+        best = self.metrics.best(self.settings.best_metric)
+        return () if best is None else (best,)
+
+    def _replaces_later(self) -> bool:
+        """Whether checkpoints after the one gone on from exist: they go when the first new one is about to replace
+        them, and are told before; the metrics of before stay in a file of their own.
+        """
+        run = self.job.output_dir
+        gone = later(run, self.step)
+        if gone:
+            log.warning(
+                "goes back to step %d: %s will be removed with the first new checkpoint; the metrics of before stay in "
+                "metrics.before.jsonl",
+                self.step, ", ".join(path.name for path in gone),
+            )  # fmt: skip
+            if (run / METRICS).is_file():
+                shutil.copyfile(run / METRICS, run / "metrics.before.jsonl")
+        return bool(gone)
 
     def _whole_base(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.base is None else self.base.whole()
@@ -253,6 +304,25 @@ def _identity(job: Job, accelerator: Accelerator) -> dict[str, Any]:
         "scene_categories": list(feed.data.scene_categories),
         **feed.examples.identity(feed.data.dataloader_num_workers, accelerator.num_processes),
     }
+
+
+def _check_same(accelerator: Accelerator, checkpoint: Path | None, step: int) -> None:
+    """Every process must have found the same checkpoint: on disks of their own, nodes may hold different ones."""
+    state = b"" if checkpoint is None else (checkpoint / STATE).read_bytes()
+    found = gather_object([(step, zlib.crc32(state))])
+    if len(set(found)) > 1:
+        steps = ", ".join(str(one) for one, _ in found)
+        raise InputError(
+            f"the processes would go on from different checkpoints (steps {steps}): --output_dir must be one folder "
+            "that all machines share"
+        )
+
+
+def _count_on_cpu(optimizer: torch.optim.Optimizer) -> None:
+    """Where accelerate has taken AdamW's counters of a resumed run to the GPU, each step would wait for them."""
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].cpu()
 
 
 def _check_identity(checkpoint: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.encode import Encoded
 
 FOLDER = "nan"
+KEPT = 10  # batches of a run: with `on_nan: skip` a run of days would fill the disk
 
 
 def describe(terms: Sequence[Mapping[str, float]], norm: float, records: Sequence[Sequence[int]]) -> str:
@@ -31,9 +32,12 @@ def save_batch(run: Path, step: int, rank: int, window: Sequence[tuple[Encoded, 
     """Write `run/nan/step-N-rank-R.safetensors`: all that the objective was given, and `said` in its header.
 
     Returns:
-        Where it is, or why it could not be written: the error itself matters more.
+        Where it is, or why it was not written: `KEPT` are there already, or the disk refuses; the error itself matters
+        more.
     """
     path = run / FOLDER / f"step-{step}-rank-{rank}.safetensors"
+    if len(list(path.parent.glob("*.safetensors"))) >= KEPT:
+        return f"its batch is not kept, {path.parent} holds {KEPT}"
     tensors = {
         name: value.detach().cpu().contiguous().clone()
         for micro, pair in enumerate(window)

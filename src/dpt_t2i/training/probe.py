@@ -16,8 +16,10 @@ from typing import Any
 from torch import nn
 
 from dpt_t2i.adapter.io import load_adapter
+from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.lora import load_lora
 from dpt_t2i.config import ProbeConfig
+from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.provenance import write_json
 from dpt_t2i.training.atlas import ATLAS, AtlasValidation, atlas_lines
 from dpt_t2i.training.encode import report_cut
@@ -126,9 +128,22 @@ def _learn(
 
 
 def restore_adapter(setup: Setup, folder: Path) -> None:
-    """Put the adapter of a checkpoint's `folder` in place, `logit_scale` included."""
+    """Put the adapter of a checkpoint's `folder` in place, `logit_scale` included.
+
+    Raises:
+        InputError: it is of other sizes, or reads another tap, than this run asks for.
+    """
     saved, _ = load_adapter(folder, setup.backbone.device, setup.backbone.fingerprint())
+    found, asked = ({"tap": one.tap_text, **_shapes(one)} for one in (saved, setup.adapter))
+    if differing := [key for key in found if found[key] != asked[key]]:
+        key = differing[0]
+        raise InputError(f"{folder} has {key} {found[key]}, this run asks for {asked[key]}; use its settings")
     setup.adapter.load_state_dict(saved.state_dict())
+
+
+def _shapes(adapter: DiscriminativeAdapter) -> dict[str, Any]:
+    """The settings that decide what weights it has."""
+    return adapter.config.model_dump(exclude={"dropout", "normalize_features", "grounding_text"})
 
 
 def finish(setup: Setup) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 
 from dpt_t2i.adapter.grounding_text import load_grounding_text
 from dpt_t2i.adapter.io import save_adapter
@@ -46,6 +47,7 @@ SUPPORTED = (
     DistributedType.MULTI_NPU,
     DistributedType.MULTI_XPU,
 )
+PATIENCE = timedelta(hours=2)  # in which processes wait for each other: the first one alone draws samples
 StageConfig = TypeVar("StageConfig", ProbeConfig, TuneConfig)
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ def set_up(config: StageConfig) -> Setup:
     Raises:
         InputError: anything that is missing, broken, or does not fit together.
     """
+    _check_rate(config.train)
     earlier = checkpoints(config.folder)
     if earlier and config.train.resume_from_checkpoint is None:
         raise InputError(
@@ -161,7 +164,10 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
     cut = isinstance(config, TuneConfig) and config.objective != "dpt" and config.denoise.detach_unet_feature
     try:
         accelerator = Accelerator(
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(cut))],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=bool(cut)),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
             mixed_precision=train.mixed_precision,  # None = what the launcher was told
             cpu=place.type == "cpu",
             log_with=tracker,
@@ -178,7 +184,7 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
     if sharding_asked() and accelerator.mixed_precision == "fp16":
         raise InputError("mixed_precision fp16 does not go with FSDP; give --mixed_precision bf16")
     if tracker is not None:
-        start_trackers(accelerator, config.run_name)
+        start_trackers(accelerator, config.run_name, _leaves(config.model_dump(mode="json")))
     return accelerator
 
 
@@ -203,6 +209,14 @@ def _prepare_denoiser(backbone: Backbone, settings: TrainConfig, accelerator: Ac
         backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # of every diffusers model
     if settings.enable_xformers_memory_efficient_attention and accelerator.is_main_process:
         log.info("attention runs in PyTorch's own fused kernels (SDPA); xformers is not used")
+
+
+def _check_rate(settings: TrainConfig) -> None:
+    if settings.lr_warmup_steps and settings.lr_scheduler == "constant":
+        raise InputError(
+            "lr_scheduler constant has no warm-up; give --lr_scheduler constant_with_warmup, or leave lr_warmup_steps "
+            "out"
+        )
 
 
 def _check_timesteps(backbone: Backbone, settings: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from dpt_t2i.adapter.io import CONFIG, adapter_folder, load_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.adapter.official import adapter_from_official, sort_official
 from dpt_t2i.adapter.official_file import NAMES, read_official
+from dpt_t2i.backbones.fingerprint import tensors_hash
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.taps import parse_fusion
 from dpt_t2i.backbones.types import Tap
@@ -24,6 +25,7 @@ from dpt_t2i.config import AdapterConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.training.official import text_width
 
+SOURCE = "source.txt"  # beside a kept caption encoder
 RELEASED_TEXT = "roberta-base"  # the caption encoder that the release reads expressions with
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,6 @@ def restore_start(
             accelerate: `model.safetensors`), or the folder that holds that.
         taps, fusion: what the config's tap names (`parse_taps`, `parse_fusion`).
         settings: of a released checkpoint, what no tensor's shape tells: heads, matching queries, caption encoder.
-
         keep: folder for the caption encoder that a released checkpoint has tuned; it goes along with the adapter then.
 
     Raises:
@@ -100,7 +101,7 @@ def _keep_caption_encoder(
     adapter: DiscriminativeAdapter, state: Mapping[str, Tensor], start: str, file: Path, keep: Path | None
 ) -> None:
     """The tuned encoder as a folder of its own, which the adapter names and takes along wherever it is saved."""
-    if keep is None or not ((keep / CONFIG).is_file() or _write_whole(state, start, keep)):
+    if keep is None or not (_is_kept(state, start, keep) or _write_whole(state, start, keep)):
         raise InputError(
             f"{file} holds a tuned caption encoder, which is complete with `{start}` alone, and that is not here; name "
             "its folder with --grounding_text"
@@ -109,11 +110,24 @@ def _keep_caption_encoder(
     adapter.config = adapter.config.model_copy(update={"grounding_text": str(adapter.own_text)})
 
 
+def _source_of(state: Mapping[str, Tensor], start: str) -> str:
+    """What a kept encoder was made of: the encoder that it started from, and a hash of the tuned tensors."""
+    return f"{start} {tensors_hash(state)}\n"
+
+
+def _is_kept(state: Mapping[str, Tensor], start: str, folder: Path) -> bool:
+    """Whether `folder` holds this very encoder; an earlier run there may have started from another checkpoint."""
+    source = folder / SOURCE
+    return source.is_file() and source.read_text(encoding="utf-8") == _source_of(state, start)
+
+
 def _write_whole(state: Mapping[str, Tensor], start: str, folder: Path) -> bool:
     unfinished = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     whole = save_tuned_grounding_text(state, start, unfinished)
     if whole:
+        (unfinished / SOURCE).write_text(_source_of(state, start), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
     else:
         shutil.rmtree(unfinished)

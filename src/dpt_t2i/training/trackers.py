@@ -40,14 +40,28 @@ def usable_tracker(name: str | None) -> str | None:
     return name
 
 
-def start_trackers(accelerator: Accelerator, run_name: str) -> None:
-    """Open the trackers; one that cannot start (not logged in, no network) is left with a warning."""
+def start_trackers(accelerator: Accelerator, run_name: str, settings: Mapping[str, Any]) -> None:
+    """Open the trackers; one that cannot start (not logged in, no network) is left with a warning.
+
+    Args:
+        settings: dotted key -> value of the run's config, shown beside its curves.
+    """
+    plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
     named = {"wandb": {"name": run_name}, "trackio": {"name": run_name}} if run_name else {}
     try:
-        accelerator.init_trackers(PROJECT, init_kwargs=named)
+        accelerator.init_trackers(PROJECT, config=plain, init_kwargs=named)
     except Exception as error:  # each tracker raises kinds of its own
         log.warning("report_to: the tracker does not start (%s); figures go to %s alone", error, METRICS)
         accelerator.trackers = []
+
+
+def close_trackers(accelerator: Accelerator) -> None:
+    """Let the trackers write what they still hold, where a run ends before its time."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:  # as above; why the run ends matters more
+            log.warning("report_to: the tracker does not close (%s)", error)
 
 
 class Metrics:
@@ -76,7 +90,11 @@ class Metrics:
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        self.accelerator.log({f"{split}/{key}": value for key, value in figures.items()}, step=step)
+        try:
+            self.accelerator.log({f"{split}/{key}": value for key, value in figures.items()}, step=step)
+        except Exception as error:  # a service that went away, a full disk: each tracker raises kinds of its own
+            log.warning("report_to: the tracker fails (%s); from here on figures go to %s alone", error, METRICS)
+            self.accelerator.trackers = []
 
     def best(self, metric: str | None) -> int | None:
         """The trained step whose held-out `metric` is best, the first of equals; None without one.

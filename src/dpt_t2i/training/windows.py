@@ -48,21 +48,22 @@ def windows(feed: Feed, accelerator: Accelerator, first: int) -> Iterator[Window
             feed.left_out.report(batch.skipped)
             encoded = feed.encoder(batch)
             parts = parts or draws(feed, step, accumulation * world, len(encoded), encoded.latents)
-            window.append((encoded, parts[micro * world + rank]))
+            window.append((encoded, parts[micro * world + rank].to(encoded.latents.device)))
         yield window
 
 
 def draws(feed: Feed, step: int, parts: int, count: int, like: Tensor) -> list[Draw]:
     """Noise, timesteps and dropped captions of a whole optimiser step, in the order of its examples, cut into parts.
 
-    So 1 process x batch 8, 2 x 4 and 1 x 4 with accumulation 2 all see the same.
+    So 1 process x batch 8, 2 x 4 and 1 x 4 with accumulation 2 all see the same. They are on the CPU: a process takes
+    its own part to its device.
     """
-    total, device, settings = parts * count, like.device, feed.train
+    total, settings = parts * count, feed.train
     generator = torch.Generator().manual_seed(mix(feed.seed, step, 0) ^ 0x5EED)
-    noise = torch.randn(total, *like.shape[1:], generator=generator).to(device)
+    noise = torch.randn(total, *like.shape[1:], generator=generator)
     timesteps = torch.randint(settings.min_timestep, settings.max_timestep + 1, (total,), generator=generator)
     drop = torch.rand(total, generator=generator) < feed.caption_dropout
-    split = zip(noise.split(count), timesteps.to(device).split(count), drop.to(device).split(count), strict=True)
+    split = zip(noise.split(count), timesteps.split(count), drop.split(count), strict=True)
     return [Draw(*part) for part in split]
 
 
