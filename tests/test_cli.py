@@ -325,3 +325,13 @@ def test_only_the_first_process_speaks(
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "dpt_t2i", "probe", "--nope"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: unknown option `--nope`")
+
+
+def test_a_name_that_is_too_long_and_a_folder_in_a_files_place_are_the_users(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["scenes", "render", "--n", "1", "--output", str(tmp_path / ("x" * 300) / "a.png")]) == 2
+    assert "File name too long" in capsys.readouterr().err
+    (tmp_path / "d.png").mkdir()
+    assert cli.main(["scenes", "render", "--n", "1", "--output", str(tmp_path / "d.png")]) == 2
+    assert "Is a directory" in capsys.readouterr().err

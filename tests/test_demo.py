@@ -74,3 +74,9 @@ def test_a_base_that_ships_nothing_is_refused(tmp_path):
     config = build_config(DemoConfig, overrides={"pretrained_model_name_or_path": str(tmp_path / "bare")})
     with pytest.raises(InputError, match="ships none"):
         run_demo(config)
+
+
+def test_a_launcher_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="the demo is for one process; start it without a launcher"):
+        run_demo(DemoConfig(output_dir=tmp_path))

@@ -9,6 +9,7 @@ had hours. Every figure says which it is.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -42,9 +43,12 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Run the loop and write `report.html`.
 
     Raises:
-        InputError: the base ships no adapter and LoRA to compare with, or anything that the stages refuse.
+        InputError: several processes, a base that ships no adapter and LoRA to compare with, or anything that the
+            stages refuse.
     """
     start = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("the demo is for one process; start it without a launcher")
     if not config.sample.lora_draws:
         raise InputError("the demo shows what the LoRA draws; leave no_lora_draws out")
     base = config.model.pretrained_model_name_or_path

@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 
-from dpt_t2i.backbones.fingerprint import check_fingerprint, lora_hash, weights_hash
+from dpt_t2i.backbones.fingerprint import check_fingerprint, config_hash, lora_hash, weights_hash
 from dpt_t2i.backbones.lora import add_lora, remove_lora
 from dpt_t2i.errors import InputError
 from tests.tiny import tiny_backbone
@@ -17,6 +17,21 @@ def test_weights_are_told_apart_and_dtype_and_lora_are_not():
     assert weights_hash(tiny_backbone(seed=0).denoiser.to(torch.bfloat16)) == plain
     add_lora(one, rank=2)
     assert weights_hash(one.denoiser) == plain
+
+
+def test_the_schedule_and_the_scale_of_latents_have_a_hash_of_their_own():
+    pipeline = tiny_backbone().pipeline
+    before = config_hash(pipeline)
+    assert config_hash(tiny_backbone().pipeline) == before
+    pipeline.scheduler.config["_name_or_path"] = "moved"
+    assert config_hash(pipeline) == before
+    for change in ({"beta_end": 0.02}, {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True}):
+        other = tiny_backbone().pipeline
+        other.scheduler = type(other.scheduler).from_config(other.scheduler.config, **change)
+        assert config_hash(other) != before, change
+    other = tiny_backbone().pipeline
+    other.vae.register_to_config(scaling_factor=0.5)
+    assert config_hash(other) != before
 
 
 def test_a_lora_has_its_own_exact_hash():

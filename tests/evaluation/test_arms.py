@@ -151,3 +151,26 @@ def test_the_strength_that_is_stored_with_the_adapter_is_the_default(base: Path,
     save_adapter(model.adapter, folder, base_fingerprint={}, metadata={"correction": {"correct": -1}})
     with pytest.raises(InputError, match="stored `correction` is not valid"):
         recipe_of(ARMS["dpt_correct"], none_given)
+
+
+@pytest.mark.parametrize(
+    "flag, arms, add",
+    [
+        ("control_lora", ("base", "dpt"), "control"),
+        ("control_compute_lora", ("base", "control"), "control_compute"),
+        ("onpolicy_lora", ("base", "dpt"), "dpt_onpolicy"),
+        ("live_lora", ("base", "dpt"), "live"),
+        ("probe_adapter", ("base", "dpt"), "base_correct"),
+    ],
+)
+def test_weights_that_no_arm_uses_are_refused(base: Path, flag: str, arms: tuple[str, ...], add: str) -> None:
+    given = {"control_lora": base / "run"} if "control" in arms else {}
+    check_weights(config(base, arms=("base",)))
+    with pytest.raises(InputError, match=f"^{flag} is given, and none of the arms uses it; add --arms {add}$"):
+        check_weights(config(base, arms=arms, **given, **{flag: base / "nowhere"}))
+
+
+def test_a_lora_beside_arms_of_the_plain_base_is_refused(base: Path) -> None:
+    settings = config(base, arms=("base",))
+    with pytest.raises(InputError, match="^lora is given, and none of the arms uses it; add --arms dpt$"):
+        check_weights(settings.model_copy(update={"model": settings.model.model_copy(update={"lora": "mine"})}))

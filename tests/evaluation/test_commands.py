@@ -118,6 +118,16 @@ def test_alignment_opens_models_by_path_and_tells_its_numbers(
     ]
 
 
+def test_one_prompt_of_a_category_is_told_to_have_no_spread(
+    monkeypatch: pytest.MonkeyPatch, loaded: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    result = {"suite": "dev", "prompts": 3, "seeds": [0], "categories": {"colors": 1, "counting": 2}}
+    arms = {"base": {"overall": 0.5, "colors": 0.5, "counting": 0.5}}
+    monkeypatch.setattr(commands, "run_arms", lambda *_: result | {"arms": arms, "differences": {}})
+    summary = commands.run_alignment(AlignmentConfig(output_dir=tmp_path))["summary"]
+    assert summary[-1] == "warning: one prompt tells no spread, so intervals are too narrow: colors"
+
+
 def test_other_processes_have_nothing_to_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(commands, "run_arms", lambda config, open_model: {})
     assert commands.run_alignment(AlignmentConfig(output_dir=tmp_path)) == {"arms": {}, "summary": []}

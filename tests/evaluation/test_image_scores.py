@@ -164,6 +164,26 @@ def test_folders_that_do_not_pair_are_one_line(folders, tmp_path):
         open_grid(folders)
 
 
+def test_of_an_arm_that_searched_its_pick_counts(tmp_path):
+    """The manifest of such an arm has every candidate; the mean over them is that of a blind pick."""
+    plain = write_folder(tmp_path / "dpt", lambda p, s: 10 * p + s)
+    searched = write_folder(tmp_path / "dpt_best4", lambda p, s: 10 * p + s, seeds=(3, 4, 1003, 1004))
+    picks = [(p, seed, seed + 1000 * (p == 1)) for p in range(3) for seed in SEEDS]
+    for name, rows in (("verdicts", picks), ("candidates", [])):
+        lines = [
+            json.dumps({"file": f"images/{p:05d}_{found}.png", "prompt": PROMPTS[p], "seed": seed, "correct": True})
+            for p, seed, found in rows
+        ]
+        (searched / f"{name}.jsonl").write_text("\n".join(lines))
+    grid = open_grid([plain, searched])
+    assert grid.seeds == SEEDS and grid.shape == (2, 3, 2)
+    assert grid.files[1, 1, 0] == searched / "images/00001_1003.png"
+    assert grid.files[1, 2, 1] == searched / "images/00002_4.png"
+    (searched / "verdicts.jsonl").write_text('{"file": 1}')
+    with pytest.raises(InputError, match="verdicts.jsonl is broken .* run the evaluation again"):
+        open_grid([plain, searched])
+
+
 def test_an_image_that_cannot_be_read_is_one_line(monkeypatch, folders, tmp_path):
     (folders[1] / "images/00001_3.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="cannot read image .*tuned/images/00001_3.png"):

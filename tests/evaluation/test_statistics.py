@@ -6,6 +6,7 @@ from statistics import mean
 import numpy as np
 import pytest
 
+from dpt_t2i.evaluation import statistics
 from dpt_t2i.evaluation.statistics import (
     bootstrap_mean,
     category_means,
@@ -93,3 +94,11 @@ def test_improved_lists_rows_with_more_right_seeds() -> None:
     better = np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
     assert improved(better, CORRECT) == []
     assert improved(CORRECT, better) == [3]
+
+
+def test_blocks_of_resamples_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = np.random.default_rng(3).random((37, 2))
+    names = ["a"] * 20 + ["b"] * 17
+    cut = bootstrap_mean(correct, names, 1_203, 4)
+    monkeypatch.setattr(statistics, "BLOCK", 10_000)
+    assert bootstrap_mean(correct, names, 1_203, 4) == cut

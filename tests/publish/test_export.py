@@ -289,6 +289,16 @@ def test_what_cannot_be_exported_is_one_line(sd1: Family, tmp_path: Path) -> Non
     for kind, lacks in (("alignment", "arms"), ("itm", "examples"), ("rec", "examples")):
         with pytest.raises(InputError, match=f"other.json is no result of `dpt evaluate {kind}`: it has no `{lacks}`"):
             export(sd1.base, sd1.lora, tmp_path / "out", "diffusers", **{kind: str(tmp_path / "other.json")})
+    (tmp_path / "rec.json").write_text('{"examples": 3, "timesteps": {}, "oracle": {}}')
+    with pytest.raises(
+        InputError, match="no result of `dpt evaluate itm`, but of `dpt evaluate rec`; give it as --rec"
+    ):
+        export(sd1.base, sd1.lora, tmp_path / "out", "diffusers", itm=str(tmp_path / "rec.json"))
+    (tmp_path / "itm.json").write_text('{"examples": 3, "timesteps": {}}')
+    with pytest.raises(InputError, match="no result of `dpt evaluate rec`: it has no `oracle`"):
+        export(sd1.base, sd1.lora, tmp_path / "out", "diffusers", rec=str(tmp_path / "itm.json"))
+    with pytest.raises(InputError, match="dtype float16 is for --format merged"):
+        export(sd1.base, sd1.lora, tmp_path / "out", "diffusers", dtype="float16")
     assert not (tmp_path / "out").exists()
 
 

@@ -16,6 +16,10 @@ def test_seeds():
     for wrong in ("", "a", "3-1", "1-", "-1", "1,,2", "0.5"):
         with pytest.raises(InputError, match="neither a number nor a range"):
             parse_seeds(wrong)
+    for wrong in ("99999999999999999999", "0-999999999999", f"0,{2**32}", "0-1000000"):
+        with pytest.raises(InputError, match="below 2\\^32, and at most 1000000 in a range"):
+            parse_seeds(wrong)
+    assert parse_seeds(f"{2**32 - 1}") == [2**32 - 1]
 
 
 def test_prompts_come_from_flags_and_then_from_a_file(tmp_path):

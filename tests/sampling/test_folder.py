@@ -157,6 +157,26 @@ def test_an_empty_manifest_and_none_are_one_line(tmp_path):
         read_manifest(tmp_path)
 
 
+def test_another_schedule_is_another_image_but_older_images_still_count(tmp_path):
+    """Images drawn before the schedule was among the settings do not say which it was."""
+    settings = {**SETTINGS, "base": {"weights": "0", "config": "1"}}
+    write_generation(tmp_path / "new", JOBS, Maker(), settings, arm="base")
+    maker = Maker()
+    write_generation(tmp_path / "new", JOBS, maker, {**SETTINGS, "base": {"weights": "0", "config": "2"}}, arm="base")
+    assert maker.made == JOBS
+    write_generation(tmp_path / "old", JOBS, Maker(), {**SETTINGS, "base": {"weights": "0"}}, arm="base")
+    for weights, made in (("0", []), ("3", JOBS)):
+        maker = Maker()
+        again = {**SETTINGS, "base": {"weights": weights, "config": "2"}}
+        write_generation(tmp_path / "old", JOBS, maker, again, arm="base")
+        assert maker.made == made
+
+
+def test_a_manifest_with_half_a_character_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="is no text"):
+        read_manifest(with_manifest(tmp_path, {"prompt": "a \ud83d star"}))
+
+
 def test_what_other_images_give_way_is_told(tmp_path, caplog):
     write_generation(tmp_path, JOBS, Maker(), SETTINGS, arm="base")
     write_generation(tmp_path, JOBS, Maker(), SETTINGS, arm="base")

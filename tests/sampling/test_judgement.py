@@ -83,3 +83,8 @@ def test_what_cannot_be_judged(model: T2IModel, image: Image.Image) -> None:
         model.score(image, "  ")
     with pytest.raises(InputError, match="score_timestep 1000"):
         model.score(image, PROMPT, timestep=1000)
+
+
+def test_a_prompt_that_is_no_text_is_one_line(model: T2IModel, image: Image.Image) -> None:
+    with pytest.raises(InputError, match=r"prompt 'a red circle \\udcff' is no text; give it in UTF-8"):
+        model.score(image, "a red circle \udcff")

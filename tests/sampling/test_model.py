@@ -8,6 +8,7 @@ from PIL import Image
 
 import dpt_t2i
 from dpt_t2i.adapter.io import save_adapter
+from dpt_t2i.backbones.fingerprint import config_hash
 from dpt_t2i.backbones.lora import add_lora, save_lora
 from dpt_t2i.config import GenerateConfig, build_config
 from dpt_t2i.errors import InputError
@@ -56,7 +57,8 @@ def test_what_ships_is_loaded_and_can_be_refused(base):
     assert tuned.pipeline("a red circle", num_inference_steps=1).images[0].size == (32, 32)
     decisive = [model.settings(GenerateConfig()) for model in (tuned, plain)]
     told = tiny_backbone().fingerprint()
-    assert decisive[0]["base"] == decisive[1]["base"] == {"name": "base"} | {k: told[k] for k in ("weights", "parts")}
+    same = {"name": "base", "config": config_hash(tiny_pipeline())} | {k: told[k] for k in ("weights", "parts")}
+    assert decisive[0]["base"] == decisive[1]["base"] == same
     assert decisive[0]["lora"] is not None and decisive[1]["lora"] is None
     assert decisive[0]["adapter"] != decisive[1]["adapter"]
 

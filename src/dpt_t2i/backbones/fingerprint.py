@@ -16,6 +16,7 @@ from dpt_t2i.errors import InputError
 logger = logging.getLogger(__name__)
 
 HALF = "float16"
+LATENT_SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 COMPILED = "_orig_mod."  # what `torch.compile` puts before the names of a module
 
 
@@ -48,6 +49,14 @@ def part_hashes(pipeline: Any) -> dict[str, str]:
         for name, part in sorted(pipeline.components.items())
         if isinstance(part, nn.Module) and name.startswith(("vae", "text_encoder"))
     }
+
+
+def config_hash(pipeline: Any) -> str:
+    """16 hex digits of what decides an image beside weights: the schedule, and how latents are scaled."""
+    schedule = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    vae = {key: pipeline.vae.config.get(key) for key in LATENT_SCALES}
+    told = json.dumps([type(pipeline.scheduler).__name__, schedule, vae], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def check_fingerprint(made_for: Mapping[str, Any], actual: Mapping[str, Any], what: str) -> None:

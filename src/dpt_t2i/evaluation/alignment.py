@@ -26,6 +26,7 @@ from PIL import Image
 from dpt_t2i.config import AlignmentConfig
 from dpt_t2i.evaluation.arm_images import borrow_images, jobs_of_arm, make_images
 from dpt_t2i.evaluation.arms import ARMS, PAIRS, Arm, Recipe, choose_arms, recipe_of
+from dpt_t2i.evaluation.image_grid import CANDIDATES, VERDICTS
 from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
 from dpt_t2i.evaluation.statistics import bootstrap_mean, category_means, improved, overall_mean, paired_difference
 from dpt_t2i.evaluation.suites import NumberedPrompt, open_suite
@@ -214,9 +215,9 @@ def _write_verdicts(
         )
         write_rows(folder / name, lines)
 
-    write("verdicts.jsonl", lambda tried: [chosen(tried)])
+    write(VERDICTS, lambda tried: [chosen(tried)])
     if arm.best_of > 1:
-        write("candidates.jsonl", lambda tried: tried)
+        write(CANDIDATES, lambda tried: tried)
 
 
 def _boxes(model: T2IModel, folder: Path, rows: Sequence[Row], config: AlignmentConfig) -> list[dict[str, Any]]:

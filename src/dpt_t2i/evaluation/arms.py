@@ -145,9 +145,11 @@ def check_weights(config: AlignmentConfig) -> None:
     """Look for the files of all arms, before the first of them draws for hours.
 
     Raises:
-        InputError: as `recipe_of`; or a LoRA or adapter is not where it was said to be.
+        InputError: as `recipe_of`; or a LoRA or adapter is not where it was said to be, or no arm uses it.
     """
-    for arm in choose_arms(config.arms):
+    arms = choose_arms(config.arms)
+    _refuse_unread(config, arms)
+    for arm in arms:
         if arm.random_of is not None:
             continue
         recipe = recipe_of(arm, config)
@@ -155,6 +157,20 @@ def check_weights(config: AlignmentConfig) -> None:
             lora_file(recipe.lora)
         if recipe.adapter is not None:
             read_adapter_card(recipe.adapter)
+
+
+def _refuse_unread(config: AlignmentConfig, arms: Sequence[Arm]) -> None:
+    """Weights that were given and that no arm uses: their arm was forgotten."""
+    for flag, given, users in (
+        ("control_lora", config.control_lora, ["control"]),
+        ("control_compute_lora", config.control_compute_lora, ["control_compute"]),
+        ("onpolicy_lora", config.onpolicy_lora, ["dpt_onpolicy"]),
+        ("live_lora", config.live_lora, ["live", "live_correct"]),
+        ("probe_adapter", config.probe_adapter, [arm.name for arm in ARMS.values() if arm.adapter == "probe"]),
+        ("lora", config.model.lora, [arm.name for arm in ARMS.values() if arm.lora == "dpt"]),
+    ):
+        if given not in (None, "none") and not {arm.name for arm in arms} & set(users):
+            raise InputError(f"{flag} is given, and none of the arms uses it; add --arms {users[0]}")
 
 
 @dataclass(frozen=True)

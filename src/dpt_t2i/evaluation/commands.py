@@ -201,6 +201,8 @@ def _alignment_lines(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name:<{width}}  {100 * numbers['overall']:5.1f}  ({parts})")
     for pair, d in result["differences"].items():
         lines.append(f"{pair}: {100 * d['mean']:+.1f} points, 95 % [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]")
+    if single := [name for name, count in result["categories"].items() if count == 1]:
+        lines.append(f"warning: one prompt tells no spread, so intervals are too narrow: {', '.join(single)}")
     if all(numbers["overall"] == 0 for numbers in result["arms"].values()):
         lines.append(
             "warning: no arm drew a single right image: the checker knows the drawn world alone, which this model does "

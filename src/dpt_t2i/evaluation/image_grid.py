@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.folder import read_manifest
 from dpt_t2i.sampling.prompts_file import read_prompts_file
 
+VERDICTS, CANDIDATES = "verdicts.jsonl", "candidates.jsonl"  # of an arm; the latter where it searched
 ALL = "all"  # the category where no file tells any
 UNCATEGORISED = "uncategorised"  # of a prompt whose file tells those of others
 Cell = tuple[int, int, int]  # folder, prompt, seed, each by its place
@@ -45,7 +47,7 @@ def open_grid(folders: Sequence[Path], prompts_file: Path | None = None) -> Grid
         raise InputError("nothing to score; give --folders, each a generation folder of `dpt generate`")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError("a folder was given twice; give each once")
-    manifests = [read_manifest(folder) for folder in folders]
+    manifests = [_picks(folder) or read_manifest(folder) for folder in folders]
     first = _cells(manifests[0])
     for folder, rows in zip(folders, manifests, strict=True):
         if different := set(_cells(rows)) ^ set(first):
@@ -71,6 +73,21 @@ def open_grid(folders: Sequence[Path], prompts_file: Path | None = None) -> Grid
     if single := [name for name in dict.fromkeys(categories) if categories.count(name) == 1]:
         warnings.append(f"warning: one prompt tells no spread, so intervals are too narrow: {', '.join(single)}")
     return Grid(names, tuple(folders), prompts, seeds, categories, files, tuple(warnings))
+
+
+def _picks(folder: Path) -> list[dict[str, Any]]:
+    """Of an evaluation's arm that searched, the images that it picked; [] of any other folder, which holds no others.
+
+    Raises:
+        InputError: what `dpt evaluate alignment` wrote there is broken.
+    """
+    if not (folder / CANDIDATES).is_file():
+        return []
+    try:
+        lines = (folder / VERDICTS).read_text(encoding="utf-8").splitlines()
+        return [{key: row[key] for key in ("file", "prompt", "seed")} for row in map(json.loads, lines)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / VERDICTS} is broken ({error!r}); run the evaluation again") from error
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], str]:

@@ -12,6 +12,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
+BLOCK = 500  # resamples at once; the same whatever it is
 Accuracies = NDArray[np.float64]
 
 
@@ -47,8 +48,10 @@ def bootstrap_mean(correct: Accuracies, categories: Sequence[str], draws: int = 
     groups = list(dict.fromkeys(categories))
     for name in groups:
         per_prompt = correct[names == name].mean(axis=1)
-        picks = rng.integers(len(per_prompt), size=(draws, len(per_prompt)))
-        resampled += per_prompt[picks].mean(axis=1) / len(groups)
+        for start in range(0, draws, BLOCK):  # all at once would take gigabytes for tens of thousands of prompts
+            part = resampled[start : start + BLOCK]
+            picks = rng.integers(len(per_prompt), size=(len(part), len(per_prompt)))
+            part += per_prompt[picks].mean(axis=1) / len(groups)
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Interval(overall_mean(correct, categories), float(low), float(high))
 

@@ -37,6 +37,8 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     """
     model, folder = config.model, config.output_dir
     check_card_place(folder)
+    if config.format != "merged" and model.dtype != "float32":
+        raise InputError(f"dtype {model.dtype} is for --format merged; LoRA files keep the dtype that they have")
     base = look_at_base(model.pretrained_model_name_or_path, model.revision)
     if config.format == "kohya":
         refuse_dit(base)

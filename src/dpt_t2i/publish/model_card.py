@@ -26,9 +26,9 @@ CONFIG = "config.yaml"
 OURS = b"dpt-t2i"  # stands in every card
 ADAPTERS = ("adapter", "dpt/probe/adapter")  # beside a LoRA; inside a merged model
 MEASURED = {  # what the card takes of each
-    "alignment": {"suite", "prompts", "seeds", "arms", "categories"},
+    "alignment": {"suite", "prompts", "seeds", "arms", "categories", "differences"},
     "itm": {"examples", "timesteps"},
-    "rec": {"examples", "timesteps"},
+    "rec": {"examples", "timesteps", "oracle"},
 }
 SHOWN = (  # settings in the card's table, where the run has them
     "model.tap",
@@ -127,6 +127,8 @@ def read_measured(file: Path, kind: str) -> dict[str, Any]:
         measured: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {file}: {error}; give the JSON that `dpt evaluate` wrote") from error
+    if kind == "itm" and isinstance(measured, dict) and "oracle" in measured:
+        raise InputError(f"{file} is no result of `dpt evaluate itm`, but of `dpt evaluate rec`; give it as --rec")
     lacking = sorted(MEASURED[kind] - set(measured)) if isinstance(measured, dict) else sorted(MEASURED[kind])
     if lacking:
         raise InputError(f"{file} is no result of `dpt evaluate {kind}`: it has no `{lacking[0]}`")

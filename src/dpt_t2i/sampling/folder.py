@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.sampling.contact_sheet import contact_sheet
-from dpt_t2i.sampling.generate import Generated, Job
+from dpt_t2i.sampling.generate import Generated, Job, check_text
 from dpt_t2i.sampling.shares import share_of
 
 log = logging.getLogger(__name__)
@@ -139,6 +139,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
             raise InputError(f"{path}, line {number}: `prompt` must be a text and `file` a path inside the folder")
         if not (folder / file).is_file():
             raise InputError(f"{path}, line {number}: no image {file}; run the same `dpt generate` once more")
+        check_text(prompt)
         rows.append(row)
     if not rows:
         raise InputError(f"{path} lists no image; run the same `dpt generate` once more")
@@ -178,6 +179,8 @@ def _finished(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result stored in a whole image that was made as wanted; None if it must be made."""
     stored = read_parameters(path)
     same_json = json.loads(json.dumps(wanted))  # tuples come back from JSON as lists
+    if stored is not None and "config" not in stored.get("settings", {}).get("base", {"config": None}):
+        same_json["settings"].get("base", {}).pop("config", None)  # images of before it was told still count
     if stored is None or any(stored.get(key) != value for key, value in same_json.items()):
         return None
     result: dict[str, Any] | None = stored.get("result")

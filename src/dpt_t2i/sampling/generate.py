@@ -25,6 +25,8 @@ from dpt_t2i.sampling.loop import Step, sample
 from dpt_t2i.sampling.noise import seeded
 from dpt_t2i.sampling.scoring import Judge
 
+MOST_SEEDS = 1_000_000  # of a range
+
 
 @dataclass(frozen=True)
 class Job:
@@ -64,8 +66,7 @@ def jobs_of(prompts: Sequence[str], seeds: Sequence[int], own_noise: bool = Fals
     if max(seeds) >= 2**32:
         raise InputError(f"seed {max(seeds)} is too large; seeds are below 2^32")
     for prompt in prompts:
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes or half a character, not text
-            raise InputError(f"prompt {prompt!r} is no text; give it in UTF-8")
+        check_text(prompt)
     return [
         Job(index, prompt, seed, noise_seed(prompt, seed, own_noise))
         for index, prompt in enumerate(prompts)
@@ -73,11 +74,17 @@ def jobs_of(prompts: Sequence[str], seeds: Sequence[int], own_noise: bool = Fals
     ]
 
 
+def check_text(prompt: str) -> None:
+    """Raises `InputError` where a prompt holds bytes, or half a character, that no tokenizer takes."""
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise InputError(f"prompt {prompt!r} is no text; give it in UTF-8")
+
+
 def parse_seeds(text: str) -> list[int]:
     """`0`, `0,3,7` or `0-3` (both ends), in any mix; a seed given twice counts once.
 
     Raises:
-        InputError: it is none of that.
+        InputError: it is none of that, or one of over 32 bits.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -86,6 +93,8 @@ def parse_seeds(text: str) -> list[int]:
             raise InputError(
                 f"seeds `{text}`: `{part.strip()}` is neither a number nor a range; write `0`, `0,3,7`, `0-3`"
             )
+        if max(int(first), int(last or 0)) >= 2**32 or int(last or first) - int(first) >= MOST_SEEDS:
+            raise InputError(f"seeds `{text}`: they are below 2^32, and at most {MOST_SEEDS} in a range")
         seeds.extend(range(int(first), int(last) + 1) if dash else [int(first)])
     return list(dict.fromkeys(seeds))
 

@@ -14,6 +14,7 @@ from dpt_t2i.adapter.score import match_score
 from dpt_t2i.boxes import clip_xyxy, cxcywh_to_xyxy
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.annotate import Mark
+from dpt_t2i.sampling.generate import check_text
 from dpt_t2i.sampling.images import letterbox
 from dpt_t2i.sampling.noise import shared_noise
 from dpt_t2i.sampling.phrases import split_phrases
@@ -57,10 +58,11 @@ def judge_image(
         draws: fixed noises over which scores, confidences and boxes are averaged.
 
     Raises:
-        InputError: the prompt is empty, the timestep is outside the schedule, or a score is NaN.
+        InputError: the prompt is empty or no text, the timestep is outside the schedule, or a score is NaN.
     """
     if not prompt.strip():
         raise InputError("the prompt is empty; write what the image should show")
+    check_text(prompt)
     backbone = scorer.backbone
     height, width = backbone.image_size
     pixels, placement = letterbox(image, height, width)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
-from dpt_t2i.backbones.fingerprint import lora_hash, part_hashes, weights_hash
+from dpt_t2i.backbones.fingerprint import config_hash, lora_hash, part_hashes, weights_hash
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone
 from dpt_t2i.backbones.lora import load_lora, lora_parameters, lora_sizes
@@ -118,7 +118,12 @@ class T2IModel:
         if (interval := guidance_interval_of(self.backbone, config.sample)) != (0.0, 1.0):
             base |= {"guidance_start": interval[0], "guidance_end": interval[1]}
         return {
-            "base": {"name": self.backbone.name, "weights": self._weights, "parts": self._parts},
+            "base": {
+                "name": self.backbone.name,
+                "weights": self._weights,
+                "parts": self._parts,
+                "config": config_hash(self.pipeline),
+            },
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "lora": lora_hash(self.backbone.denoiser),
             "lora_sizes": [list(pair) for pair in lora_sizes(self.backbone)],
