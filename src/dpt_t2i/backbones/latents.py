@@ -39,7 +39,7 @@ def encode_posterior(vae: Any, pixels: Tensor, vae_scale: int, upcast: bool = Fa
     if height % vae_scale or width % vae_scale:
         raise InputError(f"image of {width} x {height} pixels: both sides must be multiples of {vae_scale}")
     with upcast_where_asked(vae) if upcast else nullcontext():
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        posterior = vae.encode(pixels.to(_place(vae), vae.dtype)).latent_dist
     return posterior.mean.float(), posterior.logvar.float()
 
 
@@ -58,7 +58,7 @@ def decode_image(vae: Any, latents: Tensor, upcast: bool = False) -> Tensor:
     shift, scale = _statistics(vae, latents)
     unscaled = latents.float() / scale + shift
     with upcast_where_asked(vae) if upcast else nullcontext():
-        pixels: Tensor = vae.decode(unscaled.to(vae.device, vae.dtype)).sample
+        pixels: Tensor = vae.decode(unscaled.to(_place(vae), vae.dtype)).sample
     return pixels.float()
 
 
@@ -77,6 +77,12 @@ def upcast_where_asked(vae: Any) -> Iterator[None]:
         yield
     finally:
         vae.half()
+
+
+def _place(vae: Any) -> torch.device:
+    """Where it runs: where it lies, or where `enable_model_cpu_offload` takes it."""
+    taken = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
+    return torch.device(vae.device if taken is None else taken)
 
 
 def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:

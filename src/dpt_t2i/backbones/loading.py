@@ -36,6 +36,7 @@ from dpt_t2i.errors import InputError
 BUNDLED = "bundled"
 SAMPLING = Path("dpt") / "sampling.json"  # of a base's folder: what its publisher found best
 HUB_ID = re.compile(r"[\w\-]+(\.[\w\-]+)*/[\w\-.]+")
+CHECKERS = ("safety_checker", "feature_extractor")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _SHARD = r"(?:-\d{5}-of-\d{5})?"
@@ -77,11 +78,21 @@ def backbone_of(pipeline: Any) -> Backbone:
         InputError: a family that is not supported, naming those that are.
     """
     kind = type(pipeline).__name__
-    family = kind.replace("Img2Img", "")  # text to image or image to image: the denoiser is called in the same way
+    family = _KINDS.sub("", kind)
     if family not in FAMILIES:
-        raise InputError(f"pipelines of class {kind} are not supported; supported: {', '.join(FAMILIES)}")
+        raise InputError(
+            f"pipelines of class {kind} are not supported; supported: {', '.join(FAMILIES)}, and their Img2Img, "
+            "Inpaint and ControlNet kinds"
+        )
     source = str(getattr(pipeline, "name_or_path", "") or "")
-    return FAMILIES[family][0](pipeline, _display_name(source) if source else kind)
+    backbone = FAMILIES[family][0](pipeline, _display_name(source) if source else kind)
+    of_vae = pipeline.vae.config.latent_channels
+    if backbone.latent_channels != of_vae:
+        raise InputError(
+            f"the denoiser of {kind} takes {backbone.latent_channels} channels and the VAE gives {of_vae}: one that "
+            "was trained with a mask or a picture as input cannot be judged by latents alone"
+        )
+    return backbone
 
 
 def base_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -166,6 +177,9 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+# Of a family's pipelines those that call the denoiser as text to image does.
+_KINDS = re.compile("ControlNet|Img2Img|Inpaint")
+
 # The safety checker is not part of the method, and would blacken images unseen.
 _NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
@@ -231,7 +245,9 @@ def absent_texts(folder: Path) -> dict[str, None]:
     index = _read_index(folder)
     pipeline_class = getattr(diffusers, str(index["_class_name"]))
     texts = [name for name in signature(pipeline_class).parameters if name.startswith(("text_encoder", "tokenizer"))]
-    return {name: None for name in texts if None in (index.get(name) or [None])}
+    absent = {name: None for name in texts if None in (index.get(name) or [None])}
+    # Named in the index, and not there: many delete the checker, which is not part of the method.
+    return absent | {name: None for name in CHECKERS if name in index and not (folder / name).is_dir()}
 
 
 @contextlib.contextmanager
@@ -300,7 +316,8 @@ def _check_part(part: Path) -> None:
     weights = _weight_files(part)
     if not weights:
         raise InputError(f"base model {part} holds no weights (*.safetensors); fetch it again")
-    for file in weights:
+    plain = [file for file in weights if _VARIANT.fullmatch(file.name) is None]
+    for file in plain or weights:  # beside plain weights, a variant is not read and may be a pointer
         _check_weights(file)
 
 

@@ -80,7 +80,8 @@ class PipelineParts(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Of the frozen weights; a LoRA is float32 whatever this says."""
-        return next(self.denoiser.parameters()).dtype
+        dtype: torch.dtype = self.denoiser.dtype  # type: ignore[assignment]  # diffusers': of packed weights, that of use
+        return dtype
 
     @property
     def latent_channels(self) -> int:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
         diffusers_reader(base.lora_reader(), base.denoiser),
     )
     _check_base(lora, base)
+    if base.denoiser_key == "transformer" and config.format == "diffusers":
+        lora = with_alpha_inside(lora)
     title = config.title or f"{base.name.rpartition('/')[2]}-dpt"
     if config.format == "merged":
         written = write_merged(lora, base, folder, DTYPES[model.dtype], adapter)
@@ -83,6 +86,15 @@ def diffusers_tensors(lora: LoraFile) -> dict[str, Tensor]:
         down, up = halves[name.partition(".")[0]]
         tensors |= {f"{name}.{down}.weight": layer.down, f"{name}.{up}.weight": layer.up}
     return tensors
+
+
+def with_alpha_inside(lora: LoraFile) -> LoraFile:
+    """The same changes with alpha = rank: of transformers' files ComfyUI knows no place where alpha could stand."""
+    layers = {
+        name: LoraLayer(layer.down, layer.up * (layer.alpha / layer.rank), float(layer.rank))
+        for name, layer in lora.layers.items()
+    }
+    return replace(lora, layers=layers)
 
 
 def diffusers_header(lora: LoraFile, base: BaseModel) -> dict[str, str]:

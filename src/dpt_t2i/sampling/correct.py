@@ -13,6 +13,7 @@ from dpt_t2i.errors import InputError
 
 Scorer = Callable[[Tensor, Tensor, TextStates], Tensor]  # (z_t [B, C, h, w], t [B], text) -> scores [B]
 Rule = Literal["fixed", "relative"]
+SCALE = 2.0**10  # of the score on its way back: in float16 small gradients would vanish; exact, and undone, elsewhere
 
 
 @runtime_checkable
@@ -49,10 +50,14 @@ def correct(
     """
     if torch.is_inference_mode_enabled():
         raise InputError("self-correction needs gradients; call it under torch.no_grad, not torch.inference_mode")
-    with torch.enable_grad():
-        point = latents.detach().float().clone().requires_grad_(True)
-        scores = score(point, timesteps, text)
-        (gradient,) = torch.autograd.grad(scores.sum(), point)
+    for scale in (SCALE, 1.0):
+        with torch.enable_grad():
+            point = latents.detach().float().clone().requires_grad_(True)
+            scores = score(point, timesteps, text)
+            (gradient,) = torch.autograd.grad(scale * scores.sum(), point)
+        gradient = gradient / scale
+        if bool(torch.isfinite(gradient).all()):
+            break
     if not bool(torch.isfinite(gradient).all()):
         step = float(timesteps.flatten()[0])
         raise InputError(f"self-correction: the gradient at timestep {step:g} is NaN or infinite; use dtype float32")

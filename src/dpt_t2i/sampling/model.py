@@ -73,6 +73,7 @@ class T2IModel:
         """
         if not config.sample.lora_draws and (self.adapter is None or not lora_parameters(self.backbone)):
             raise InputError("`no_lora_draws` lets the LoRA judge and not draw; it needs a LoRA and its adapter")
+        self._place_adapter()
         judge = self.judge(config.search.score_timestep, config.search.score_draws, config.seed)
         how, size = (config.sample, config.correction, self.scorer), (config.height, config.width)
         if config.search.best_of == 1:
@@ -102,9 +103,15 @@ class T2IModel:
         """
         if self.scorer is None:
             raise InputError("scoring needs an adapter; give `adapter`, or a base that ships one")
+        self._place_adapter()
         if not isinstance(image, Image.Image):
             image = open_image(Path(image))
         return judge_image(self.scorer, image, prompt, timestep, draws, seed)
+
+    def _place_adapter(self) -> None:
+        """To where the denoiser runs, which `pipeline.enable_model_cpu_offload()` may have changed since."""
+        if self.adapter is not None:
+            self.adapter.to(self.backbone.device)
 
     def settings(self, config: GenerateConfig) -> dict[str, Any]:
         """Plain JSON of all that decides an image beside prompt and seed: weights by hash, every setting by value."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -27,19 +27,23 @@ class StateCallback(PipelineCallback):
         super().__init__()
         self.guide = guide
         self.scores: list[tuple[float, Tensor]] = []
+        self._first = 0  # of the schedule, the place at which this call of the pipeline begins
 
     @property
     def tensor_inputs(self) -> list[str]:
-        """What the pipeline hands over; it asks for this itself."""
+        """What the pipeline hands over; most pipelines ask for this themselves."""
         return ["latents", "prompt_embeds"]
 
     def callback_fn(
         self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Correct `latents` for the step that comes next; after the last there is none."""
-        position, steps = _position(pipeline, timesteps)
-        if position + 1 < steps and self.guide.wanted(position + 1, steps):
-            scheduler, timestep = pipeline.scheduler, _timestep_at(pipeline, position + 1, steps)
+        scheduler = pipeline.scheduler
+        if step_index == 0:  # the first of equal timesteps, which only the last ones may be
+            self._first = _nearest(scheduler.timesteps, timesteps)
+        steps = _steps(pipeline, self._first)
+        if step_index + 1 < steps and self.guide.wanted(step_index + 1, steps):
+            timestep = scheduler.timesteps[self._first + step_index + 1]
             latents: Tensor = callback_kwargs["latents"]
             z = latents.float() * input_scale(scheduler, timestep)
             moved, scores = self.guide.correct(z, timestep, callback_kwargs.get("prompt_embeds"))
@@ -60,19 +64,28 @@ class DenoiserHook:
         self.scores: list[tuple[float, Tensor]] = []
         self._scoring = False  # the score is itself a pass of the denoiser, which is not to be corrected again
         self._moved: Tensor | None = None  # the denoiser input that the coming step of the sampler starts from
+        self._schedule: Tensor | None = None  # of the pipeline's call at work
+        self._first, self._place = 0, 0  # in it, where this call began and where it is
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Hooked into denoiser and sampler within the `with`, and out of both after it."""
         denoiser, scheduler = self.guide.backbone.denoiser, self.guide.backbone.pipeline.scheduler
+        before = scheduler.__dict__.get("step")  # another correction's, or another tool's
         handle = denoiser.register_forward_pre_hook(self._before_denoiser, with_kwargs=True)
         if self.guide.config.correction_mode == "state":
             scheduler.step = self._moving(scheduler)
+        # A module compiled in place would trace the hook, whose work is nothing for a graph.
+        in_place = getattr(denoiser, "_compiled_call_impl", None) is not None
+        plain = torch.compiler.set_stance("force_eager") if in_place else nullcontext()
         try:
-            yield
+            with plain:
+                yield
         finally:
             handle.remove()
             scheduler.__dict__.pop("step", None)  # the class's own method shows again
+            if before is not None:
+                scheduler.step = before
 
     def _before_denoiser(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -84,13 +97,23 @@ class DenoiserHook:
         given: Any = kwargs["timestep"] if "timestep" in kwargs else args[1]
         timestep = torch.as_tensor(given).flatten()[0].float() * self.guide.backbone.pipeline_call.timestep_scale
         pipeline = self.guide.backbone.pipeline
-        position, steps = _position(pipeline, timestep)
-        if not self.guide.wanted(position, steps):
+        place = self._follow(pipeline.scheduler, timestep)
+        if not self.guide.wanted(place - self._first, _steps(pipeline, self._first)):
             return None
         self.guide.check_places(kwargs.get("img_ids"))
-        exact = _timestep_at(pipeline, position, steps)  # what the denoiser is given may be rounded to its dtype
+        exact = pipeline.scheduler.timesteps[place]  # what the denoiser is given may be rounded to its dtype
         corrected = self._correct(latents, exact, kwargs.get("encoder_hidden_states"))
         return ((corrected, *args[1:]), kwargs) if args else (args, kwargs | {name: corrected})
+
+    def _follow(self, scheduler: Any, timestep: Tensor) -> int:
+        """The place in the schedule of the step at work; remembers where each call of the pipeline began."""
+        counted = getattr(scheduler, "step_index", None)  # None before its first step, and of samplers that count none
+        counted = getattr(scheduler, "begin_index", None) if counted is None else counted
+        place = _nearest(scheduler.timesteps, timestep) if counted is None else int(counted)
+        if scheduler.timesteps is not self._schedule or place < self._place:
+            self._schedule, self._first = scheduler.timesteps, place
+        self._place = place
+        return place
 
     def _correct(self, latents: Tensor, timestep: Tensor, tokens: Tensor | None) -> Tensor:
         """All rows of the denoiser's batch, with the correction in those that the mode says."""
@@ -130,18 +153,14 @@ class DenoiserHook:
         return moving
 
 
-def _position(pipeline: Any, timestep: Any) -> tuple[int, int]:
-    """Which step of the pipeline's schedule `timestep` is, of how many; image to image leaves out the first ones."""
-    schedule: Tensor = pipeline.scheduler.timesteps
-    steps = int(getattr(pipeline, "num_timesteps", None) or len(schedule))
-    nearest = (schedule.float() - torch.as_tensor(timestep).to(schedule.device).float()).abs().argmin()
-    return int(nearest) - (len(schedule) - steps), steps
+def _steps(pipeline: Any, first: int) -> int:
+    """Of the call: image to image leaves out the first of the schedule's, SDXL's `denoising_end` the last."""
+    return int(getattr(pipeline, "num_timesteps", None) or len(pipeline.scheduler.timesteps) - first)
 
 
-def _timestep_at(pipeline: Any, position: int, steps: int) -> Tensor:
-    """[] the timestep of step `position` of `steps`."""
-    timestep: Tensor = pipeline.scheduler.timesteps[len(pipeline.scheduler.timesteps) - steps + position]
-    return timestep
+def _nearest(schedule: Tensor, timestep: Any) -> int:
+    """Place of `timestep`, which may be rounded; the first of equal ones."""
+    return int((schedule.float() - torch.as_tensor(timestep).to(schedule.device).float()).abs().argmin())
 
 
 def _images(rows: int) -> str:

@@ -27,6 +27,7 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import backbone_of
 from dpt_t2i.config import CorrectionConfig, build_config, resolve_key
 from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.additions import check_additions
 from dpt_t2i.sampling.guide import Guide
 from dpt_t2i.sampling.offload import check_offload
 from dpt_t2i.sampling.pipeline_hooks import DenoiserHook, StateCallback
@@ -49,13 +50,14 @@ class SelfCorrection:
 
     Raises:
         InputError: an unsupported pipeline, an adapter of another architecture, an unknown setting, no strength, or
-            weights that are offloaded by layer.
+            weights that are offloaded by layer, or an addition that the score cannot share (`check_additions`).
     """
 
     def __init__(self, pipeline: Any, adapter: str | PathLike[str] | DiscriminativeAdapter, **settings: Any) -> None:
         self.backbone: Backbone = backbone_of(pipeline)
         self.pipeline = pipeline
         check_offload(self.backbone.denoiser)
+        check_additions(self.backbone.denoiser)
         if not isinstance(adapter, DiscriminativeAdapter):
             adapter, _ = load_adapter(Path(adapter), torch.device("cpu"), self.backbone.fingerprint())
         elif adapter.origin is not None:
@@ -122,14 +124,18 @@ class SelfCorrection:
 
     def _guide(self, prompt: str | Sequence[str], height: int | None, width: int | None, images: int | None) -> Guide:
         check_offload(self.backbone.denoiser)
+        check_additions(self.backbone.denoiser)
         if self.config.correction_mode == "state":
             check_state_sampler(self.pipeline.scheduler)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise InputError("self-correction needs at least one prompt to obey")
         scale, sides = self.backbone.vae_scale, self.backbone.image_size
-        size = ((height or sides[0]) // scale, (width or sides[1]) // scale)
-        return Guide(self.backbone, self.scorer, self.config, self.backbone.encode_text(prompts), size, images)
+        # Packed latents are pairs of rows and columns: pipelines round down to them.
+        step = 1 if self.backbone.pipeline_call.pack is None else 2
+        rows, columns = (step * (side // (step * scale)) for side in (height or sides[0], width or sides[1]))
+        text = self.backbone.encode_text(prompts)
+        return Guide(self.backbone, self.scorer, self.config, text, (rows, columns), images)
 
 
 def _check_settings(config: CorrectionConfig) -> None:
