@@ -226,3 +226,20 @@ def test_a_checkpoint_of_one_file_says_how_it_becomes_a_folder(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match=r"is one file; .*from_single_file\(.*model.safetensors.*save_pretrained"):
         load_backbone(tmp_path / "model.safetensors")
+
+
+def test_a_pointer_in_the_place_of_a_variant_that_is_not_read_is_no_fault(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "unet" / "diffusion_pytorch_model.non_ema.safetensors").write_text("version https://git-lfs")
+    assert load_backbone(tmp_path, device="cpu").denoiser is not None
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs")
+    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is truncated"):
+        load_backbone(tmp_path, device="cpu")
+
+
+def test_the_dtype_is_that_in_which_packed_weights_are_used():
+    """bitsandbytes keeps the first weight of FLUX as bytes."""
+    backbone = tiny_backbone()
+    first = backbone.denoiser.conv_in
+    first.weight = torch.nn.Parameter(first.weight.to(torch.uint8), requires_grad=False)
+    assert next(backbone.denoiser.parameters()).dtype == torch.uint8 and backbone.dtype == torch.float32

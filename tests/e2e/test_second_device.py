@@ -90,6 +90,25 @@ def test_a_corrected_pipeline_whose_parts_are_offloaded(how):
     assert done.returncode == 0, done.stderr
 
 
+def test_our_own_model_draws_and_judges_with_its_parts_offloaded():
+    """The way to FLUX and SD 3.5 on 24 GB: `model.pipeline.enable_model_cpu_offload()`."""
+    done = on_twin_python(f"""
+        from dpt_t2i.sampling.model import T2IModel
+        from tests.tiny import tiny_adapter, tiny_backbone
+        def made(offloaded):
+            backbone = tiny_backbone()
+            model = T2IModel(backbone, tiny_adapter(backbone))
+            if offloaded:
+                model.pipeline.enable_model_cpu_offload(device="{NAME}")
+            how = {{"steps": 2, "correct": 0.1, "correction_rule": "relative"}}
+            image = model.generate("a red circle", **how)[0]
+            return image, model.score(image, "a red circle", draws=1).score
+        here, there = made(False), made(True)
+        assert here[0].tobytes() == there[0].tobytes() and abs(here[1] - there[1]) < 1e-4, (here, there)
+    """)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_device_refuses_what_lies_on_the_cpu_and_autocasts():
     done = on_twin_python("""
         layer = torch.nn.Linear(2, 2).to("twin")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,16 @@ def test_merged_sd3_without_its_t5(tmp_path: Path) -> None:
     assert load_backbone(tmp_path / "out", device="cpu").pipeline.text_encoder_3 is None
 
 
+def test_merged_where_the_checker_was_deleted(sd1: Family, tmp_path: Path) -> None:
+    """Its folder is gone and the index still names it: what draws such a base also writes it out."""
+    shutil.copytree(sd1.base, tmp_path / "base")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    export(tmp_path / "base", sd1.lora, tmp_path / "out", "merged")
+    assert load_backbone(tmp_path / "out", device="cpu").pipeline.safety_checker is None
+
+
 def test_a_caption_encoder_elsewhere_is_named_without_its_folder(sd1: Family, tmp_path: Path) -> None:
     run = tuned(sd1, tmp_path / "run")
     card = json.loads((run / "adapter" / "config.json").read_text())
@@ -223,12 +234,15 @@ def tuned_dit(name: str, folder: Path) -> tuple[Path, Any]:
 def test_sd3_loads_in_stock_diffusers(tmp_path: Path) -> None:
     base, ours = tuned_dit("sd3", tmp_path)
     answer = export(base, tmp_path / "lora", tmp_path / "out", "diffusers")
-    assert (answer["rank"], answer["alpha"]) == ([RANK], [ALPHA])
+    assert (answer["rank"], answer["alpha"]) == ([RANK], [RANK]), "alpha is inside the weights"
     pipeline = StableDiffusion3Pipeline.from_pretrained(base, image_encoder=None, feature_extractor=None)
     plain = image_of(pipeline)
     pipeline.load_lora_weights(tmp_path / "out")
     np.testing.assert_allclose(image_of(pipeline), image_of(ours), atol=1e-5)
     assert np.abs(image_of(pipeline) - plain).max() > 1e-2
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(load_file(tmp_path / "out" / LORA_FILE))  # as ComfyUI does, who reads no header
+    np.testing.assert_allclose(image_of(pipeline), image_of(ours), atol=1e-5)
     with pytest.raises(InputError, match="kohya is for U-Nets"):
         export(base, tmp_path / "lora", tmp_path / "kohya", "kohya")
 
@@ -256,8 +270,9 @@ def test_dit_keys_are_diffusers_and_kohya_is_refused(tmp_path: Path, name: str, 
     save_file(tensors, tmp_path / "source.safetensors", metadata={"lora_adapter_metadata": described})
     export(tmp_path / "base", tmp_path / "source.safetensors", tmp_path / "out", "diffusers")
     written = load_file(tmp_path / "out" / LORA_FILE)
-    assert written.keys() == tensors.keys() and all(torch.equal(written[key], tensors[key]) for key in tensors)
-    assert json.loads(header_of(tmp_path / "out" / LORA_FILE)["lora_adapter_metadata"])["transformer.lora_alpha"] == 5
+    inside = {f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up * 5 / 2}
+    assert written.keys() == inside.keys() and all(torch.equal(written[key], inside[key]) for key in inside)
+    assert json.loads(header_of(tmp_path / "out" / LORA_FILE)["lora_adapter_metadata"])["transformer.lora_alpha"] == 2
     with pytest.raises(InputError, match="kohya is for U-Nets.*fuse q, k and v.*--format diffusers"):
         export(tmp_path / "base", tmp_path / "source.safetensors", tmp_path / "kohya", "kohya")
     assert not (tmp_path / "kohya").exists()

@@ -4,6 +4,7 @@ import torch
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.correct import correct
+from tests.sampling.stubs import states
 
 TEXT = TextStates(torch.zeros(2, 1, 1), torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool))
 TIMESTEPS = torch.tensor([500, 500])
@@ -75,3 +76,19 @@ def test_inference_mode_and_nan_are_refused():
         correct(LATENTS, TIMESTEPS, TEXT, score=linear(torch.ones(2, 1, 1, 2)), strength=1.0)
     with pytest.raises(InputError, match="timestep 500 is NaN"):
         correct(LATENTS, TIMESTEPS, TEXT, score=lambda z, t, text: (z * float("nan")).sum((1, 2, 3)), strength=1.0)
+
+
+def test_small_gradients_live_in_half_precision_and_large_ones_too():
+    """A score whose gradient passes through float16, as a denoiser's does; 1e-5 has four bits left there."""
+    point = torch.linspace(1, 2, 16).reshape(1, 1, 4, 4)
+
+    def through_half(scale):
+        def score(z, timesteps, text):
+            half = (z * 1.0).half().float()  # its gradient is rounded to float16 on the way back
+            return (scale * half**2).flatten(1).sum(1)
+
+        return score
+
+    for scale in (2.0**-18, 2.0**-3, 2.0**12):
+        moved, _ = correct(point, torch.tensor([5]), states(1), score=through_half(scale), strength=1 / scale)
+        torch.testing.assert_close(moved - point, 2 * point, rtol=2e-3, atol=0)

@@ -354,3 +354,111 @@ def test_a_forgotten_lora_is_told(caplog):
     caplog.clear()
     SelfCorrection(pipeline, adapter, correct=1.0)
     assert "the pipeline has none" not in caplog.text
+
+
+def test_a_call_that_ends_early_counts_from_the_schedules_begin():
+    """SDXL's `denoising_end` leaves out the last steps, where image to image leaves out the first."""
+    pipeline, correction = corrected_pipeline(correction_every=2)
+    schedule = pipeline.scheduler.timesteps.tolist()
+
+    class EndsEarly(type(pipeline)):
+        num_timesteps = STEPS - 1  # as SDXL's pipeline says; the schedule itself is whole
+
+    pipeline.__class__ = EndsEarly
+    with correction.hooked(PROMPTS) as hook:
+        run(pipeline)
+    assert [timestep for timestep, _ in hook.scores][:2] == [schedule[0], schedule[2]]
+    callback = correction.callback(PROMPTS)
+    run(pipeline, callback_on_step_end=callback)
+    assert [timestep for timestep, _ in callback.scores] == [schedule[2]]
+
+
+def test_the_finished_latents_are_left_alone_though_the_last_timesteps_are_equal():
+    """DPM++ rounds its timesteps: with Karras sigmas and many steps the last ones come out the same."""
+    pipeline, _ = corrected_pipeline("dpm++")
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, use_karras_sigmas=True)
+    correction = SelfCorrection(pipeline, tiny_adapter(tiny_backbone()), **RELATIVE)
+    steps = 100
+    callback, handed = correction.callback(PROMPTS), []
+
+    def watching(pipeline, index, timestep, tensors):
+        before = tensors["latents"].clone()
+        after = callback(pipeline, index, timestep, tensors)["latents"]
+        handed.append(not torch.equal(before, after))
+        return {"latents": after}
+
+    pipeline(
+        PROMPTS, latents=noise_of(), num_inference_steps=steps, output_type="latent", callback_on_step_end=watching,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    )  # fmt: skip
+    schedule = pipeline.scheduler.timesteps.tolist()
+    assert schedule[-1] == schedule[-2], "what makes it hard"
+    assert handed == [True] * (steps - 1) + [False]
+    with correction.hooked(PROMPTS) as hook:
+        pipeline(PROMPTS, latents=noise_of(), num_inference_steps=steps, output_type="latent")
+    assert [timestep for timestep, _ in hook.scores] == schedule, "each step once"
+
+
+def test_a_second_call_in_one_with_counts_anew():
+    pipeline, correction = corrected_pipeline("euler", correction_end=0.5)
+    with correction.hooked(PROMPTS) as hook:
+        run(pipeline)
+        run(pipeline)
+    assert [timestep for timestep, _ in hook.scores] == pipeline.scheduler.timesteps.tolist()[:2] * 2
+
+
+def test_a_denoiser_that_was_compiled_in_place(monkeypatch):
+    pipeline, correction = corrected_pipeline()
+    with correction.hooked(PROMPTS):
+        plain = run(pipeline)
+    pipeline.unet.compile(backend="eager")
+    with correction.hooked(PROMPTS):
+        torch.testing.assert_close(run(pipeline), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_another_tools_step_is_put_back():
+    pipeline, correction = corrected_pipeline()
+    inner = SelfCorrection(pipeline, tiny_adapter(tiny_backbone()), **RELATIVE)
+    with correction.hooked(PROMPTS):
+        outer = pipeline.scheduler.__dict__["step"]
+        with inner.hooked(PROMPTS):
+            assert pipeline.scheduler.__dict__["step"] is not outer
+        assert pipeline.scheduler.__dict__["step"] is outer
+    assert "step" not in vars(pipeline.scheduler)
+
+
+def test_what_the_score_cannot_share_is_refused():
+    adapter = tiny_adapter(tiny_backbone())
+    pipeline = tiny_pipeline()
+    pipeline.unet.encoder_hid_proj = torch.nn.Identity()
+    with pytest.raises(InputError, match="has an IP-Adapter, .*unload_ip_adapter"):
+        SelfCorrection(pipeline, adapter, **RELATIVE)
+    pipeline = tiny_pipeline()
+    correction = SelfCorrection(pipeline, adapter, **RELATIVE)
+    pipeline.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    with pytest.raises(InputError, match="layerwise casting.* load it in one dtype"):
+        correction.callback("a star")  # added since
+    pipeline = tiny_pipeline()
+    correction = SelfCorrection(pipeline, adapter, **RELATIVE)
+    pipeline.unet.is_cache_enabled = True
+    with pytest.raises(InputError, match="a cache of earlier steps, .*disable_cache"), correction.hooked("a star"):
+        pass
+
+
+def test_inpainting_is_corrected_and_a_denoiser_with_a_mask_among_its_inputs_is_not():
+    pipeline, _ = corrected_pipeline()
+    inpaint = diffusers.StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
+    inpaint.set_progress_bar_config(disable=True)
+    correction = SelfCorrection(inpaint, tiny_adapter(tiny_backbone()), **RELATIVE)
+    settings = {"image": torch.zeros(1, 3, 32, 32), "mask_image": torch.ones(1, 1, 32, 32), "num_inference_steps": 2}
+    settings |= {"output_type": "latent", "height": 32, "width": 32}
+    plain = inpaint("a star", generator=torch.Generator().manual_seed(0), **settings).images
+    with correction.hooked("a star") as hook:
+        moved = inpaint("a star", generator=torch.Generator().manual_seed(0), **settings).images
+    assert len(hook.scores) == 2 and (moved - plain).norm() > 1e-2 * plain.norm()
+    masked = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config, in_channels=9)
+    inpaint = diffusers.StableDiffusionInpaintPipeline(
+        **(pipeline.components | {"unet": masked}), requires_safety_checker=False
+    )
+    with pytest.raises(InputError, match="takes 9 channels and the VAE gives 4"):
+        SelfCorrection(inpaint, tiny_adapter(tiny_backbone()), **RELATIVE)
