@@ -29,18 +29,6 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat((0.5 * (low + high), high - low), dim=-1)
 
 
-def xywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """`[..., 4]` -> `[..., 4]`."""
-    low, size = boxes.float().split(2, dim=-1)
-    return torch.cat((low, low + size), dim=-1)
-
-
-def xyxy_to_xywh(boxes: Tensor) -> Tensor:
-    """`[..., 4]` -> `[..., 4]`."""
-    low, high = boxes.float().split(2, dim=-1)
-    return torch.cat((low, high - low), dim=-1)
-
-
 def clip_xyxy(boxes: Tensor, width: float, height: float) -> Tensor:
     """`[..., 4]` with every corner moved into `[0, width] x [0, height]`; a box outside becomes one of area 0."""
     limit = torch.tensor([width, height, width, height], dtype=torch.float32, device=boxes.device)

@@ -56,7 +56,7 @@ def test_noise_and_latents_do_not_depend_on_the_chunk_size(model: T2IModel) -> N
     examples = list(examples_of(SceneRecords("val", 5, 32), 32))
     whole = next(iter(chunks(model.backbone, examples, 5, seed=3)))
     parts = list(chunks(model.backbone, examples, 2, seed=3))
-    assert [(part.start, len(part.examples)) for part in parts] == [(0, 2), (2, 2), (4, 1)]
+    assert [len(part.examples) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
     torch.testing.assert_close(torch.cat([part.latents for part in parts]), whole.latents, rtol=1e-4, atol=1e-5)
     assert len({float(noise.sum()) for noise in whole.noise}) == 5  # each its own

@@ -27,13 +27,13 @@ def test_tokens_that_share_a_character(spans: list[tuple[int, int]], tokens: lis
     assert row.shape == (1, 9)
     assert row[0].nonzero().flatten().tolist() == tokens
     assert row.sum().item() == pytest.approx(1.0)
-    assert positive_map(OFFSETS, [spans], num_token_classes=8, binary=True).sum().item() == len(tokens)
+    assert (positive_map(OFFSETS, [spans], num_token_classes=8) > 0).float().sum().item() == len(tokens)
 
 
 def test_zero_width_tokens_inside_a_span_belong_to_it() -> None:
     """Byte-level tokenizers give a lone space marker an empty range between two words."""
     offsets = [(0, 0), (0, 3), (4, 4), (4, 7), (0, 0)]
-    assert positive_map(offsets, [[(0, 7)]], 5, binary=True)[0].tolist() == [0, 1, 1, 1, 0, 0]
+    assert (positive_map(offsets, [[(0, 7)]], 5) > 0).float()[0].tolist() == [0, 1, 1, 1, 0, 0]
 
 
 def test_one_row_a_box() -> None:
@@ -58,5 +58,5 @@ def test_no_object_column_is_never_marked() -> None:
 def test_a_character_of_several_tokens_is_its_first_ones() -> None:
     """`caf\u00e9` in byte-level BPE: its last letter is two tokens, of which `char_to_token` gives the first."""
     offsets = [(0, 0), (0, 2), (2, 3), (3, 4), (3, 4), (5, 8), (0, 0)]  # BOS, ca, f, e-acute twice, bar, EOS
-    assert positive_map(offsets, [[(0, 4)]], 7, binary=True)[0].nonzero().flatten().tolist() == [1, 2, 3]
-    assert positive_map(offsets, [[(0, 8)]], 7, binary=True)[0].nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
+    assert (positive_map(offsets, [[(0, 4)]], 7) > 0).float()[0].nonzero().flatten().tolist() == [1, 2, 3]
+    assert (positive_map(offsets, [[(0, 8)]], 7) > 0).float()[0].nonzero().flatten().tolist() == [1, 2, 3, 4, 5]

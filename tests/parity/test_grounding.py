@@ -12,7 +12,7 @@ from dpt_t2i.adapter.postprocess import grounding_scores, rank_boxes
 from dpt_t2i.adapter.types import AdapterOutput
 from dpt_t2i.backbones import text as clip_text
 from dpt_t2i.backbones.types import TextStates
-from dpt_t2i.boxes import xywh_to_xyxy, xyxy_to_cxcywh
+from dpt_t2i.boxes import xyxy_to_cxcywh
 from dpt_t2i.evaluation.examples import EvalExample
 from dpt_t2i.evaluation.rec import RecRanks, rec_ranks, rec_summary
 from dpt_t2i.sampling.scoring import MatchScorer
@@ -62,7 +62,8 @@ def ranks() -> dict[str, list[RecRanks]]:
         guess = told["refexp.predictions"][str(image["id"])]
         boxes = torch.tensor(guess["boxes"], dtype=torch.float64) / extent
         answers.append((torch.tensor(guess["scores"], dtype=torch.float64), xyxy_to_cxcywh(boxes)))
-        target = xyxy_to_cxcywh(xywh_to_xyxy(torch.tensor([truth[image["id"]]])) / extent)
+        left, top, width, height = truth[image["id"]]
+        target = xyxy_to_cxcywh(torch.tensor([[left, top, left + width, top + height]]) / extent)
         examples.append(EvalExample(str(image["id"]), torch.zeros(3, 32, 32), "x", expression="x", boxes=target))
     rows = {row.id: row for row in rec_ranks(Told(answers), examples, (500,))}
     sets = dict.fromkeys(image["dataset_name"] for image in images)

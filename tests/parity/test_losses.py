@@ -72,7 +72,7 @@ def test_a_span_that_begins_on_a_space_is_placed_in_its_own_text() -> None:
     caption = "the blue chair under the table"
     offsets = [(0, 0), (0, 3), (4, 8), (9, 14), (15, 16), (16, 18), (18, 20), (21, 24), (25, 30), (0, 0)]
     assert caption[15:20] == "under"
-    rows = positive_map(offsets, [[(14, 20)]], binary=True)
+    rows = (positive_map(offsets, [[(14, 20)]]) > 0).float()
     targets = batch_targets(torch.cat((GOLDEN["batch.positive_map"][:4], rows)))
     losses = rec_losses(output_of("direct.criterion"), targets, num_boxes=5)
     assert losses["loss_align"].item() == pytest.approx(7.7974916, rel=1e-4)

@@ -21,6 +21,7 @@ from dpt_t2i.adapter.types import AdapterOrigin
 from dpt_t2i.backbones.fingerprint import check_fingerprint
 from dpt_t2i.config import AdapterConfig
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import in_one_move
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -64,10 +65,9 @@ def save_adapter(
         "metadata": adapter.origin.metadata,
     }
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
-    save_file(state, folder / f"{WEIGHTS}.partial", metadata={"format": "pt"})
-    (folder / f"{CONFIG}.partial").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    for name in (WEIGHTS, CONFIG):
-        os.replace(folder / f"{name}.partial", folder / name)
+    with in_one_move(folder / CONFIG) as config_file, in_one_move(folder / WEIGHTS) as weights_file:
+        save_file(state, weights_file, metadata={"format": "pt"})
+        config_file.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(

@@ -37,6 +37,7 @@ from dpt_t2i.backbones.lora_files import (
 from dpt_t2i.backbones.lora_linear import as_one_function
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import in_one_move
 
 # Of every attention, self and cross, as in the release; those of the text stream in an MMDiT, as diffusers' scripts.
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -147,11 +148,9 @@ def save_lora(backbone: Backbone, folder: Path, metadata: Mapping[str, Any]) -> 
         DIFFUSERS_HEADER_KEY: json.dumps(described, default=sorted, sort_keys=True),  # PEFT's targets are a set
         HEADER_KEY: json.dumps(ours, sort_keys=True),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LORA_FILE
-    unfinished = path.with_suffix(".partial")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, unfinished, metadata=header)
-    unfinished.replace(path)  # an interrupted save never leaves half a file under the real name
+    with in_one_move(path) as unfinished:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, unfinished, metadata=header)
     return path
 
 

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from dpt_t2i.config.sections import Section
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import write_text
 
 ALIASES = {  # other names that users know -> leaf; of the release's flags those that mean just the same
     "unet_feature": "tap",
@@ -106,10 +107,7 @@ def build_config(
 
 def save_config(config: Section, path: Path) -> None:
     """Write the resolved settings as YAML, every default included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:

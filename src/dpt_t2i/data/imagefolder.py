@@ -7,7 +7,6 @@ A line: `file_name`, `captions` [], `expressions` [{text, spans, boxes}], `negat
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dpt_t2i.data.faults import Faults, sound
 from dpt_t2i.data.fields import coco_image_id, existing, identity, listed, read_expression, read_lines, table, text
 from dpt_t2i.data.records import ImageSource, Negative, Record
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import write_text
 
 METADATA = "metadata.jsonl"
 
@@ -56,9 +56,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace the metadata in one move."""
-    unfinished = Path(folder) / f"{METADATA}.partial"
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(unfinished, Path(folder) / METADATA)
+    write_text(Path(folder) / METADATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def native_record(row: Mapping[str, Any], source: str, identity: str, image: ImageSource, root: Path) -> Record:

@@ -20,6 +20,7 @@ from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.data.sheet import contact_sheet
 from dpt_t2i.data.sources import count, read_source, refuse_unread
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import in_one_move, write_text
 
 SCENES = 1000  # drawn scenes that are looked at unless max_samples says otherwise
 SCENE_SIZE = 64  # pixels
@@ -50,9 +51,9 @@ def run_inspect(config: InspectConfig) -> dict[str, Any]:
     for fault in faults.found:
         findings.add("broken", f"{fault.where}: {fault.reason}")
     rows = _spread([row for row in range(len(records)) if row not in findings.unreadable], config.sheet_samples)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     sheet = config.output_dir / "contact_sheet.png"
-    contact_sheet([records[row] for row in rows], config.sheet_size).save(sheet)
+    with in_one_move(sheet) as unfinished:
+        contact_sheet([records[row] for row in rows], config.sheet_size).save(unfinished, format="PNG")
     result = {
         "path": config.path,
         "counts": asdict(count(records)),
@@ -61,7 +62,7 @@ def run_inspect(config: InspectConfig) -> dict[str, Any]:
         "contact_sheet": str(sheet),
     }
     file = config.output_dir / "inspection.json"
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(result, indent=1) + "\n")
     return result | {"summary": [*_lines(result), f"contact sheet: {sheet}"]}
 
 

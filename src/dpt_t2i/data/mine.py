@@ -19,6 +19,7 @@ from torch import Tensor
 from dpt_t2i.data.cache import Cache, Key, Spec, content_key, fill, record_key
 from dpt_t2i.data.records import Record
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import write_text
 
 MINED = "mined.jsonl"
 RULE = "mined"
@@ -116,10 +117,7 @@ def chunk_by_chunk(
             continue
         found = find(q)
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(".partial")
-            unfinished.write_text(json.dumps([(near.captions, near.images) for near in found]))
-            unfinished.replace(file)
+            write_text(file, json.dumps([(near.captions, near.images) for near in found]))
         yield from found
 
 
@@ -179,10 +177,7 @@ def write_mined(
                 "images": [{"file_name": rows[j]["file_name"], "cosine": s} for j, s in near.images],
             }
         )
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    unfinished = folder / f"{MINED}.partial"
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(folder / MINED)
+    write_text(folder / MINED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_miner(folder: Path) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ def read_release(path: Path, image_root: Path, faults: Faults | None = None) -> 
         InputError: the file is missing or has other columns; or a broken record, unless `faults` skips such.
     """
     faults = faults or Faults()
-    rows = _folder_rows(path, faults) if path.is_dir() else _tsv_rows(path, faults)
+    rows = _folder_rows(path, faults) if path.is_dir() else _tsv_rows(path)
     yield from sound(_records(rows, path.stem, image_root, faults), faults)
 
 
@@ -72,7 +72,7 @@ def _texts(value: Any, what: str) -> list[str]:
     return [text(entry, what) for entry in listed(value, what)]
 
 
-def _tsv_rows(path: Path, faults: Faults) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+def _tsv_rows(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")

@@ -35,7 +35,6 @@ class EvalExample:
 class Chunk:
     """Consecutive examples with their latents and noise."""
 
-    start: int  # number of the first one
     examples: Sequence[EvalExample]
     latents: Tensor  # [B, C, h, w] clean, the posterior's mean
     noise: Tensor  # [B, C, h, w]
@@ -117,5 +116,5 @@ def chunks(
     while group := list(islice(remaining, batch_size)):
         latents = backbone.encode_image(torch.stack([e.pixels for e in group]).to(backbone.device))
         noise = torch.stack([shared_noise(seed, start + i, latents.shape[1:]) for i in range(len(group))])
-        yield Chunk(start, group, latents, noise.to(latents))
+        yield Chunk(group, latents, noise.to(latents))
         start += len(group)

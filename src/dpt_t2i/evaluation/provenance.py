@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from dpt_t2i.files import write_text
 
 STACK = ("dpt-t2i", "torch", "diffusers", "transformers", "peft")
 
@@ -27,19 +28,12 @@ def command_line() -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write in one move, folders made as needed."""
-    _write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSON lines, written in one move."""
-    _write(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def _version(name: str) -> str:

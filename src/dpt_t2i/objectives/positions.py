@@ -16,8 +16,6 @@ def positive_map(
     offsets: Sequence[Span],
     spans_of_boxes: Sequence[Sequence[Span]],
     num_token_classes: int = 255,
-    *,
-    binary: bool = False,
 ) -> Tensor:
     """Rows of the soft-token target of one text, one a box.
 
@@ -30,7 +28,6 @@ def positive_map(
             padding tokens have empty ranges.
         spans_of_boxes: for each of n boxes the spans that name it.
         num_token_classes: K; tokens from position K on have no class.
-        binary: 1 on every token instead of rows that sum to 1: what the release's cast to bool left (parity only).
 
     Returns:
         `[n, K + 1]` float32.
@@ -51,7 +48,7 @@ def positive_map(
                 f"spans {[tuple(span) for span in spans]} touch no token: they are empty, hold only spaces or lie "
                 "beyond the text encoder's last token; mend the spans or shorten the expression"
             )
-    return rows if binary else rows / rows.sum(dim=1, keepdim=True)
+    return rows / rows.sum(dim=1, keepdim=True)
 
 
 def _overlap(first: Span, second: Span) -> bool:

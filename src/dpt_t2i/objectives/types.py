@@ -8,19 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOSS_NAMES = (
-    "loss_i2t",
-    "loss_t2i",
-    "loss_ce",
-    "loss_bbox",
-    "loss_giou",
-    "loss_align",
-    "loss_mse",
-    "loss_denoise_itm",
-    "loss_denoise_dpo",
-    "loss_distill",
-)
-
 
 @dataclass(frozen=True)
 class GroundingTargets:
@@ -51,7 +38,7 @@ class GroundingTargets:
 class Losses:
     """Named unweighted losses of a step and the weights that add them up."""
 
-    terms: Mapping[str, Tensor]  # name of LOSS_NAMES -> [] float32
+    terms: Mapping[str, Tensor]  # name, as `loss_i2t` -> [] float32
     weights: Mapping[str, float]  # the same names, more are allowed
 
     @property

@@ -21,6 +21,7 @@ from dpt_t2i.backbones.lora import LORA_FILE, diffusers_reader, lora_file, lora_
 from dpt_t2i.backbones.lora_files import DIFFUSERS_HEADER_KEY, HEADER_KEY, LoraFile, LoraLayer, read_lora
 from dpt_t2i.config import ExportConfig
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import in_one_move, write_text
 from dpt_t2i.publish.base_model import BaseModel, look_at_base
 from dpt_t2i.publish.kohya import kohya_header, kohya_tensors, refuse_dit
 from dpt_t2i.publish.model_card import check_card_place, read_measured, write_export_card
@@ -153,7 +154,7 @@ def copy_adapter(source: Path, target: Path, base: Mapping[str, Any] | None = No
     card["base"] |= base or {}
     if source.resolve() != target.resolve():
         shutil.copytree(source, target, dirs_exist_ok=True)
-    (target / ADAPTER_CONFIG).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    write_text(target / ADAPTER_CONFIG, json.dumps(card, indent=2) + "\n")
     return [target / ADAPTER_WEIGHTS, target / ADAPTER_CONFIG]
 
 
@@ -192,10 +193,8 @@ def _write_lora(lora: LoraFile, base: BaseModel, config: ExportConfig, title: st
     path = config.output_dir / name
     if path.resolve() == lora.path.resolve():
         raise InputError(f"{path} is the LoRA to export itself; give another --output_dir")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, unfinished, metadata=header)
-    unfinished.replace(path)
+    with in_one_move(path) as unfinished:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, unfinished, metadata=header)
     return path
 
 

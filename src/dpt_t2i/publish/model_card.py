@@ -6,7 +6,6 @@ Nothing in it that is not in a file.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.config import CorrectionConfig
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import write_text
 from dpt_t2i.publish.base_model import BaseModel
 from dpt_t2i.publish.privacy import public
 
@@ -149,9 +149,7 @@ def _write(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any], me
         versions=next((one["versions"] for one in measured.values() if one and "versions" in one), {}),
     )
     path = folder / "README.md"
-    unfinished = folder / "README.md.partial"
-    unfinished.write_text(card.strip() + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, card.strip() + "\n")
     return path
 
 

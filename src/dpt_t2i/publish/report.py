@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from dpt_t2i.files import write_text
 from dpt_t2i.publish.figures import accuracy_bars, difference_plot, pair_name, training_curves
 from dpt_t2i.publish.gallery import ArmFolder, Line, line_of, read_rows
 
@@ -92,10 +92,7 @@ def environment() -> Environment:
 
 def write_page(path: Path, page: str) -> Path:
     """In one move, folders made as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, page)
     return path
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dpt_t2i.errors import InputError, Stopped
+from dpt_t2i.files import in_one_move, write_text
 from dpt_t2i.sampling.contact_sheet import contact_sheet
 from dpt_t2i.sampling.generate import Generated, Job, check_text
 from dpt_t2i.sampling.shares import share_of
@@ -203,12 +203,9 @@ def _save_png(path: Path, image: Image.Image, parameters: Mapping[str, Any] | No
     info = PngInfo()
     if parameters is not None:
         info.add_text(CHUNK, json.dumps(parameters))
-    unfinished = path.with_suffix(".partial")
-    image.save(unfinished, format="PNG", pnginfo=info)
-    os.replace(unfinished, path)
+    with in_one_move(path) as unfinished:
+        image.save(unfinished, format="PNG", pnginfo=info)
 
 
 def _write_manifest(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    unfinished = folder / f"{MANIFEST}.partial"
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(unfinished, folder / MANIFEST)
+    write_text(folder / MANIFEST, "".join(json.dumps(row) + "\n" for row in rows))

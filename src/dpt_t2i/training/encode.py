@@ -17,6 +17,7 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.data.examples import Batch
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import write_text
 from dpt_t2i.objectives.positions import positive_map
 from dpt_t2i.objectives.types import GroundingTargets
 from dpt_t2i.sampling.shares import gathered
@@ -179,7 +180,7 @@ def report_cut(encoder: Encoder, folder: Path) -> None:
         cut |= _named_before(file)
         named = sorted(cut.items())[:KEPT]
         lines = [json.dumps({"text": text, "cut": lost}, ensure_ascii=False) for text, lost in named]
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(file, "\n".join(lines) + "\n")
         many = f"at least {KEPT}" if len(cut) >= KEPT else f"{len(cut)}"
         log.warning("%s texts were over the text encoder's limit and cut; %s names them", many, file)
 

@@ -54,7 +54,7 @@ class _Stage1(nn.Module):
 
     def forward(self, batch: Encoded, draw: Draw, num_boxes: float) -> dict[str, Tensor]:
         """Unweighted loss terms by name, each a sum over the readers, so that each gets the gradient that it would get
-        alone. `num_boxes`: boxes of the whole optimiser step / its micro-batches."""
+        alone. `num_boxes`: boxes of the whole optimiser step / its micro-batches and processes."""
         plan = _Plan(batch)
         with torch.no_grad():
             features = _features(self.backbone, self.taps, batch, draw, plan.images, plan.texts)

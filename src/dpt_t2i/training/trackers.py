@@ -14,6 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
 
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import write_text
 
 METRICS = "metrics.jsonl"
 PROJECT = "dpt-t2i"
@@ -74,11 +75,8 @@ class Metrics:
         self.path, self.accelerator = folder / METRICS, accelerator
         kept: list[list[dict[str, Any]]] = [[]]
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
             kept = [[row for row in read_metrics(self.path) if row["step"] <= first_step] if first_step else []]
-            whole = self.path.with_suffix(".partial")
-            whole.write_text("".join(json.dumps(row) + "\n" for row in kept[0]), encoding="utf-8")
-            whole.replace(self.path)  # a kill loses no row
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept[0]))
         broadcast_object_list(kept)
         self.held_out = {row["step"]: _figures(row) for row in kept[0] if row["split"] == "val"}
         self.sampled = {row["step"] for row in kept[0] if row["split"] == "samples"}

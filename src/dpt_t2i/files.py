@@ -1,0 +1,29 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def in_one_move(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to; the file takes its name as the block ends. Folders are made as needed.
+
+    A kill leaves what was there before; so does an error, which takes the unfinished file away.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.partial")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, in one move."""
+    with in_one_move(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

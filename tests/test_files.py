@@ -1,0 +1,22 @@
+"""A file is whole or not there."""
+
+import pytest
+
+from dpt_t2i.files import in_one_move, write_text
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    with in_one_move(path) as unfinished:
+        unfinished.write_text("new")
+        assert not path.exists() and unfinished.parent == path.parent, "a rename within one disk"
+    assert path.read_text() == "new" and [found.name for found in path.parent.iterdir()] == ["b.txt"]
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    write_text(tmp_path / "a.txt", "ü")
+    with pytest.raises(RuntimeError), in_one_move(tmp_path / "a.txt") as unfinished:
+        unfinished.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "ü"
+    assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
