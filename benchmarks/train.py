@@ -2,6 +2,7 @@
 
     python benchmarks/train.py                             # both models, both stages
     python benchmarks/train.py --model bundled --stage 1   # the other figures in --output stay as they are
+    python benchmarks/train.py --model mid_sd_vae --part seconds   # `mid` behind a VAE as wide as Stable Diffusion's
 
 Two arms compute the same losses of the same latents, texts, noise and weights (held to 1e-4 before any is timed):
 `ours`, and `naive` with six passes of the denoiser and the libraries' layers (`benchmarks/naive.py`). Both denoisers
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from data import SD_VAE
 from naive import Naive
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
@@ -52,13 +54,15 @@ from dpt_t2i.training.encode import Encoded, Encoder
 from dpt_t2i.training.objective import ProbeObjective, TuneObjective, weights_of
 
 TOLERANCE = 1e-4  # between the arms' losses: absolute, or relative where a loss is above 1
-MODELS = ("mid", "bundled")
+MODELS = ("mid", "bundled")  # unless one is named
+WITH_SD_VAE = "mid_sd_vae"
 STAGES = (1, 2)
 PARTS = ("seconds", "memory")
 ARMS = ("ours", "naive", "ours_checkpointing")
 TIMED = ("ours", "naive", "vae", "ours_cached")
 CONFIGS = {1: (ProbeConfig, "configs/bundled/probe.yaml"), 2: (TuneConfig, "configs/bundled/tune.yaml")}
 MID_BATCH = 4
+MID_VAE = {**SD_VAE, "block_out_channels": (32, 64, 128, 128), "sample_size": 256}
 MID_SIZES = {
     "unet": "block_out_channels 64, 128, 256, 256; 2 layers a block, 8 heads; latents 4 x 32 x 32",
     "vae": "block_out_channels 32, 64, 128, 128; 2 layers a block; pictures of 256 x 256",
@@ -99,7 +103,7 @@ class KeptLatents:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", choices=MODELS)
+    parser.add_argument("--model", action="append", choices=(*MODELS, WITH_SD_VAE))
     parser.add_argument("--stage", type=int, action="append", choices=STAGES)
     parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--rounds", type=int, default=5, help="paired steps of each arm")
@@ -310,7 +314,8 @@ def workload(model: str, stage: int) -> Workload:
         backbone, sizes, count = load_backbone("bundled", device="cpu"), config.adapter, config.train.train_batch_size
     else:
         config = build_config(kind)
-        backbone, sizes, count = mid_size(), AdapterConfig(), MID_BATCH
+        vae = SD_VAE if model == WITH_SD_VAE else MID_VAE
+        backbone, sizes, count = mid_size(vae), AdapterConfig(), MID_BATCH
     taps = backbone.parse_taps("up1")
     adapter = DiscriminativeAdapter(
         sizes, {tap.name: tap.channels for tap in taps}, backbone.pooled_dim, backbone.text_dim
@@ -333,21 +338,13 @@ def workload(model: str, stage: int) -> Workload:
     )
 
 
-def mid_size() -> StableDiffusionBackbone:
-    """Random weights; the bundled model's tokenizer and noise schedule."""
+def mid_size(vae: dict[str, Any]) -> StableDiffusionBackbone:
+    """Random weights; the bundled model's tokenizer and noise schedule; a VAE of that configuration."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     folder = base_folder("bundled")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
-    vae = AutoencoderKL(
-        block_out_channels=(32, 64, 128, 128),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=256,
-    )
     words = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -359,7 +356,7 @@ def mid_size() -> StableDiffusionBackbone:
         pad_token_id=tokenizer.pad_token_id,
     )
     pipeline = StableDiffusionPipeline(
-        vae=vae,
+        vae=AutoencoderKL(**vae),
         text_encoder=CLIPTextModel(words),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from dpt_t2i.training.occupied import occupied
 from dpt_t2i.training.signals import Signals
 from dpt_t2i.training.trackers import read_metrics
 from dpt_t2i.training.windows import Feed, draws, mix
+from tests.training import forked
 
 LIKE = torch.zeros(1, 4, 2, 2)
 DRAW = Draw(LIKE[:1], torch.tensor([7]), torch.tensor([False]))
@@ -522,12 +524,24 @@ def test_samples_that_fail_end_no_run(tmp_path, accelerator, caplog):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, accelerator):
-    with occupied(tmp_path):
-        with pytest.raises(InputError, match=f"another run is at work in {tmp_path}; .* another --output_dir"):
-            train(job(tmp_path), accelerator)
-        assert not (tmp_path / "metrics.jsonl").exists(), "nothing of the other's is touched"
-    train(job(tmp_path), accelerator)
-    assert not (tmp_path / ".lock").exists()
+    folder = tmp_path / "run"
+
+    def hold():
+        with occupied(folder):
+            (tmp_path / "held").touch()
+            time.sleep(60)
+
+    other = forked.start(hold, tmp_path / "log")
+    while not (tmp_path / "held").exists():
+        assert other.is_alive()
+        time.sleep(0.01)
+    with pytest.raises(InputError, match=f"another run is at work in {folder}; .* another --output_dir"):
+        train(job(folder), accelerator)
+    assert not (folder / "metrics.jsonl").exists(), "nothing of the other's is touched"
+    other.kill()  # which lets go of the lock
+    other.join()
+    train(job(folder), accelerator)
+    assert not (folder / ".lock").exists()
 
 
 def test_adamw_counts_on_the_cpu_wherever_its_state_was_taken():

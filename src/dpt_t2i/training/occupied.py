@@ -35,8 +35,8 @@ def occupied(folder: Path | None) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's own: its loader processes do not hold it
+        except (BlockingIOError, PermissionError):  # held by another: systems differ in what they call it
             raise InputError(
                 f"another run is at work in {folder}; wait for its end, or give another --output_dir or --run_name"
             ) from None
