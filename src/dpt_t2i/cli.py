@@ -194,10 +194,11 @@ def _tell(result: Mapping[str, Any], output_dir: Path | None) -> None:
     """The result for a person: its `summary` lines, else its plain values; last the output folder."""
     lines = result.get("summary")
     if lines is None:
-        lines = [f"{key}: {value}" for key, value in result.items() if isinstance(value, str | int | float | Path)]
+        plain = {key: value for key, value in result.items() if isinstance(value, str | int | float | Path)}
+        lines = [f"{key}: {value}" for key, value in plain.items() if key != "output_dir"]
     for line in lines:
         typer.echo(line)
-    if output_dir is not None:
+    if output_dir is not None and output_dir != Path():
         typer.echo(f"output: {output_dir}")
 
 

@@ -135,3 +135,19 @@ def test_boxes_in_fractions_are_suspicious():
     fine = Record("2", "toy", lambda: flat(2, (8, 8)), ("b",), (dot("dot", (0, 0, 1, 2)),))
     said = "toy/1: [0.1, 0.2, 0.3, 1.0]; boxes are in pixels, are these fractions?"
     assert look([inside, fine]).suspicious == {"box of a pixel": [said]}
+
+
+def test_a_misspelt_key_and_the_other_part_are_told(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        flat(3).save(tmp_path / part / "a.png")
+        row = {"file_name": "a.png", "captions": ["a"], "expresions": [], "negative": [], "license": "mine"}
+        (tmp_path / part / "metadata.jsonl").write_text(json.dumps(row))
+    result = run_inspect(InspectConfig(path=str(tmp_path), output_dir=tmp_path / "out"))
+    assert result["suspicious"] == {
+        "unknown key": [
+            f"{tmp_path / 'train/metadata.jsonl'}, line 1: `expresions` is not read; did you mean `expressions`?",
+            f"{tmp_path / 'train/metadata.jsonl'}, line 1: `negative` is not read; did you mean `negatives`?",
+        ]
+    }
+    assert result["summary"][-1] == f"of the part `train` alone; --split val looks at {tmp_path / 'val'}"

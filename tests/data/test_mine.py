@@ -135,3 +135,14 @@ def test_a_header_that_is_broken_is_one_line(tmp_path):
     (tmp_path / "mined.jsonl").write_text(json.dumps({"file_name": "x"}) + "\n")
     with pytest.raises(InputError, match="does not say who mined"):
         read_miner(tmp_path)
+
+
+def test_a_caption_that_a_rule_made_is_not_added_once_more():
+    rows = [
+        {"file_name": "0.png", "captions": ["a"], "negatives": [{"caption": "b", "rule": "swap_objects"}],
+         "negative_file": "x.png"},
+        {"file_name": "1.png", "captions": ["b"]},
+        {"file_name": "2.png", "captions": ["c"]},
+    ]  # fmt: skip
+    (mined, *_) = add_mined(rows, [Near(((1, 0.9), (2, 0.8)), ()), Near((), ()), Near((), ())])
+    assert [negative["caption"] for negative in mined["negatives"]] == ["b", "c"]

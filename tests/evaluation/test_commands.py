@@ -125,7 +125,9 @@ def test_one_prompt_of_a_category_is_told_to_have_no_spread(
     arms = {"base": {"overall": 0.5, "colors": 0.5, "counting": 0.5}}
     monkeypatch.setattr(commands, "run_arms", lambda *_: result | {"arms": arms, "differences": {}})
     summary = commands.run_alignment(AlignmentConfig(output_dir=tmp_path))["summary"]
-    assert summary[-1] == "warning: one prompt tells no spread, so intervals are too narrow: colors"
+    told = "warning: one prompt tells no spread, so intervals are too narrow: colors"
+    assert summary[-1] == told
+    assert commands.run_alignment(AlignmentConfig(output_dir=tmp_path))["warnings"] == [told]
 
 
 def test_other_processes_have_nothing_to_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

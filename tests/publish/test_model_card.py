@@ -110,7 +110,7 @@ def test_a_merged_model_is_a_finetune(tmp_path: Path) -> None:
 def test_the_command_has_all_of_the_stored_correction() -> None:
     stored = {"correct": 0.07, "correction_rule": "relative", "correction_end": 0.5, "correction_every": 1}
     assert _correction_flags(stored) == " --correct 0.07 --correction_rule relative --correction_end 0.5"
-    assert _correction_flags({}) == " --correct 0.5"
+    assert _correction_flags({}) == " --correct 0.05 --correction_rule relative"
     assert _correction_flags({"correct": 1.0, "correction_fused": True}) == " --correct 1.0 --correction_fused"
 
 

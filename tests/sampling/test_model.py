@@ -224,3 +224,26 @@ def test_the_dtype_is_that_of_the_frozen_weights(base):
     assert dpt_t2i.load(str(base), lora="none", device="cpu", dtype="bfloat16").backbone.dtype == torch.bfloat16
     with pytest.raises(InputError, match="revision"):
         dpt_t2i.load(str(base), device="cpu", revision="main")
+
+
+@pytest.mark.parametrize(
+    "name, mend",
+    [
+        ("lora", "give it to `load`"),
+        ("adapter", "give it to `load`"),
+        ("dtype", "give it to `load`"),
+        ("prompts_file", "give `prompts`"),
+        ("output_dir", "save the pictures"),
+    ],
+)
+def test_what_is_loads_or_the_commands_own_is_refused(name, mend):
+    """A before and after in a notebook would compare the tuned model with itself."""
+    with pytest.raises(InputError, match=f"`{name}` is no setting of a picture; {mend}"):
+        model().generate("a star", steps=1, **{name: "none"})
+
+
+def test_score_takes_one_picture_and_one_prompt():
+    image = Image.new("RGB", (32, 32))
+    for picture, prompt in ((image, ["a star", "two stars"]), (7, "a star"), ([image], "a star")):
+        with pytest.raises(InputError, match="takes one picture, or the path of one, and one prompt"):
+            model().score(picture, prompt)

@@ -462,3 +462,13 @@ def test_inpainting_is_corrected_and_a_denoiser_with_a_mask_among_its_inputs_is_
     )
     with pytest.raises(InputError, match="takes 9 channels and the VAE gives 4"):
         SelfCorrection(inpaint, tiny_adapter(tiny_backbone()), **RELATIVE)
+
+
+def test_more_prompts_than_the_call_draws_are_refused_though_the_guided_batch_has_as_many_rows():
+    """Two prompts told, one drawn: its two branches are no two images."""
+    pipeline, correction = corrected_pipeline()
+    with pytest.raises(InputError, match="makes 1 or 2 images, but self-correction was told of 2"):
+        with correction.hooked(PROMPTS):
+            run(pipeline, ["a star"])
+    with correction.hooked(PROMPTS):  # without guidance a row is an image
+        run(pipeline, guidance=1.0)

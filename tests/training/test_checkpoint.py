@@ -239,7 +239,8 @@ def test_find_checkpoint(tmp_path, caplog):
     write(tmp_path / "other", 7)
     with pytest.raises(InputError, match="checkpoint-2 is of another run, and .*other holds checkpoints of its own"):
         find_checkpoint(tmp_path / "other", str(run / "checkpoint-2"))
-    with pytest.raises(InputError, match="resume_from_checkpoint checkpoint-3 is no checkpoint"):
+    missing = "resume_from_checkpoint checkpoint-3 is no checkpoint.*there are: checkpoint-2, checkpoint-10 "
+    with pytest.raises(InputError, match=missing):
         find_checkpoint(run, "checkpoint-3")
 
 

@@ -206,8 +206,8 @@ def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path, acce
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"train_batch_size": 3}, "examples_a_step = 2, this run has 3"),
-        ({"gradient_accumulation_steps": 2}, "examples_a_step = 2, this run has 4"),
+        ({"train_batch_size": 3}, "examples_a_step = 2 .*processes.*, this run has 3"),
+        ({"gradient_accumulation_steps": 2}, "examples_a_step = 2 .*, this run has 4"),
         ({"seed": 5}, "seed = 0, this run has 5"),
     ],
 )
@@ -377,6 +377,32 @@ def test_a_run_stops_at_nan_and_names_the_step(tmp_path, accelerator):
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 2]
 
 
+def test_a_record_that_turns_out_to_be_broken_ends_the_run_with_a_checkpoint(tmp_path, accelerator):
+    def record(index):
+        image = tmp_path / "broken.png" if index == 5 else (lambda: Image.new("RGB", (16, 16)))
+        return Record(str(index), "toy", image, ("a",))
+
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    given = job(tmp_path / "run", max_train_steps=5)
+    given = fed(given, examples=Examples([record(index) for index in range(10)], 16))
+    with pytest.raises(
+        InputError, match=r"^step (\d): .*broken.png.*; checkpoint-\d is kept, and --on_bad skip"
+    ) as told:
+        train(given, accelerator)
+    done = int(str(told.value)[5]) - 1
+    assert done > 0 and [step for step, _ in checkpoints(tmp_path / "run")] == [done]
+
+
+def test_a_run_says_where_it_begins_and_what_it_found(tmp_path, accelerator, caplog):
+    given = replace(job(tmp_path, max_train_steps=2), validate=lambda: {"itm_text": 0.25})
+    with caplog.at_level("INFO", "dpt_t2i"):
+        train(given, accelerator)
+        assert "1 process on cpu, 2 examples a step" in caplog.text and "goes on from" not in caplog.text
+        assert "step 0, held out: itm_text 0.250" in caplog.text and "step 2, held out: itm_text 0.250" in caplog.text
+        train(fed(given, train=given.feed.train.model_copy(update={"resume_from_checkpoint": "latest"})), accelerator)
+    assert f"goes on from {tmp_path / 'checkpoint-2'}: all of 2 steps are done already" in caplog.text
+
+
 def test_a_run_may_skip_nan_and_count_it_across_a_resume(tmp_path, accelerator):
     model = Poisoned(2, 3)
     train(job(tmp_path, model, on_nan="skip"), accelerator)
@@ -496,10 +522,13 @@ def test_an_unknown_best_metric_is_named(tmp_path, accelerator):
 def test_the_checkpoint_comes_before_all_that_may_fail(tmp_path, accelerator):
     """Else a run whose validation fails would lose its steps, and fail at the same place when it goes on."""
 
+    figures = iter([{"itm_text": 0.0}])  # of the start; the next validation fails
+
     def failing():
-        if not checkpoints(tmp_path):
-            return {"itm_text": 0.0}
-        raise InputError("a score is NaN")
+        try:
+            return next(figures)
+        except StopIteration:
+            raise InputError("a score is NaN") from None
 
     given = replace(job(tmp_path, validation_steps=2, checkpointing_steps=2), validate=failing)
     with pytest.raises(InputError, match="a score is NaN"):

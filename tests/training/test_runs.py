@@ -9,6 +9,7 @@ from PIL import Image
 
 from dpt_t2i.cli import main
 from dpt_t2i.errors import InputError
+from dpt_t2i.training import runs
 from dpt_t2i.training.runs import compare_runs
 
 
@@ -77,3 +78,17 @@ def test_the_command_prints_the_table(two, tmp_path, capsys):
     assert any(line.split() == ["train.learning_rate", "0.5", "2"] for line in lines)
     assert main(["runs", "compare", *map(str, two), "--output", str(tmp_path / "plot.png"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"] == {"train.learning_rate": [0.5, 2.0]}
+
+
+def test_a_run_has_one_colour_in_every_panel(tmp_path, monkeypatch):
+    """Where the second run alone has a figure, its line is its own, not the first one's."""
+    drawn = []
+    monkeypatch.setattr(runs.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    first = [{"split": "train", "step": 1, "loss": 1.0}]
+    second = [{"split": "train", "step": 1, "loss": 2.0, "loss_mse": 3.0}]
+    runs.plot([first, second], ["p", "t"], tmp_path / "a.png")
+    lines = {(axis.get_title(), line.get_label()): line.get_color() for axis in drawn[0].axes for line in axis.lines}
+    assert lines == {("train: loss", "p"): "C0", ("train: loss", "t"): "C1", ("train: loss_mse", "t"): "C1"}
+    empty = [axis for axis in drawn[0].axes if not axis.lines]
+    assert len(empty) == runs.COLUMNS - 2 and not any(axis.axison for axis in empty)
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["p", "t"]

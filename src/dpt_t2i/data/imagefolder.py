@@ -6,6 +6,7 @@ A line: `file_name`, `captions` [], `expressions` [{text, spans, boxes}], `negat
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.files import write_text
 
 METADATA = "metadata.jsonl"
+KEYS = ("file_name", "captions", "caption", "text", "expressions", "negatives", "negative_file", "image_id")
 
 
 def read_imagefolder(folder: Path, faults: Faults | None = None) -> list[Record]:
@@ -57,6 +59,22 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace the metadata in one move."""
     write_text(Path(folder) / METADATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def misspelt_keys(folder: Path, split: str) -> Iterator[tuple[str, str, str]]:
+    """(where, key, the key that is meant) of keys that nothing reads and that look like one of ours.
+
+    Other keys are the user's own. Nothing of a folder that is no imagefolder.
+    """
+    file = next((at for at in (folder / split / METADATA, folder / METADATA) if at.is_file()), None)
+    for number, line in read_lines(file) if file is not None else ():
+        try:
+            row = json.loads(line)
+        except ValueError:  # told elsewhere
+            continue
+        for key in row if isinstance(row, dict) else ():
+            if key not in KEYS and (near := difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)):
+                yield f"{file}, line {number}", key, near[0]
 
 
 def native_record(row: Mapping[str, Any], source: str, identity: str, image: ImageSource, root: Path) -> Record:

@@ -8,12 +8,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from dpt_t2i.config import DataConfig, InspectConfig
 from dpt_t2i.data.faults import Faults
+from dpt_t2i.data.imagefolder import misspelt_keys
 from dpt_t2i.data.index import RecordIndex
 from dpt_t2i.data.records import Record, check_inside
 from dpt_t2i.data.scenes import SceneRecords
@@ -48,12 +50,16 @@ def run_inspect(config: InspectConfig) -> dict[str, Any]:
     faults = Faults("skip")
     records = _records(config, faults)
     findings = look(records)
+    for where, key, meant in misspelt_keys(Path(config.path), config.split):
+        findings.add("unknown key", f"{where}: `{key}` is not read; did you mean `{meant}`?")
     for fault in faults.found:
         findings.add("broken", f"{fault.where}: {fault.reason}")
     rows = _spread([row for row in range(len(records)) if row not in findings.unreadable], config.sheet_samples)
     sheet = config.output_dir / "contact_sheet.png"
     with in_one_move(sheet) as unfinished:
         contact_sheet([records[row] for row in rows], config.sheet_size).save(unfinished, format="PNG")
+    other = "val" if config.split == "train" else "train"
+    elsewhere = Path(config.path) / other
     result = {
         "path": config.path,
         "counts": asdict(count(records)),
@@ -63,7 +69,10 @@ def run_inspect(config: InspectConfig) -> dict[str, Any]:
     }
     file = config.output_dir / "inspection.json"
     write_text(file, json.dumps(result, indent=1) + "\n")
-    return result | {"summary": [*_lines(result), f"contact sheet: {sheet}"]}
+    lines = [*_lines(result), f"contact sheet: {sheet}"]
+    if elsewhere.is_dir():
+        lines.append(f"of the part `{config.split}` alone; --split {other} looks at {elsewhere}")
+    return result | {"summary": lines}
 
 
 def look(records: Sequence[Record]) -> Findings:

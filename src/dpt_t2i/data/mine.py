@@ -215,6 +215,7 @@ def _with_mined(row: Mapping[str, Any], near: Near, rows: Sequence[Mapping[str, 
     elif new.get("negative_file") and not kept:
         return new  # of its image only a caption that is true may come first, and none is known
     behind = dict.fromkeys(caption(other) for other, _ in near.captions)
-    mined = [{"caption": text, "rule": RULE} for text in behind if text.casefold() not in own and text not in lead]
+    had = {*own, *lead, *(negative["caption"] for negative in kept)}
+    mined = [{"caption": text, "rule": RULE} for text in behind if text.casefold() not in own and text not in had]
     new["negatives"] = [*({"caption": text, "rule": RULE} for text in lead), *kept, *mined]
     return new

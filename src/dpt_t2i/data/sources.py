@@ -88,7 +88,8 @@ def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[R
         records = RecordIndex(read_source(config, "train", faults))
         if len(records) < config.val_samples + 2:
             raise InputError(
-                f"{config.dataset} has {len(records)} records, too few to hold out val_samples={config.val_samples}"
+                f"{config.dataset} has {len(records)} records, too few to hold out val_samples={config.val_samples}; "
+                "give fewer --val_samples, or a held-out part of its own"
             )
         held = records[-config.val_samples :]
         told = len(held), len(records), config.val_split

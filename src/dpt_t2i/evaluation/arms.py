@@ -212,7 +212,10 @@ def _correction(config: AlignmentConfig, adapter: Path | None) -> CorrectionConf
         return config.correction
     stored = read_adapter_card(adapter)["metadata"].get("correction") if adapter is not None else None
     if not stored:
-        raise InputError(f"no correction strength: adapter {adapter} has none stored; give --correct, for instance 0.5")
+        raise InputError(
+            f"no correction strength: adapter {adapter} has none stored; give --correct, for instance 0.05 with "
+            "--correction_rule relative"
+        )
     given = config.correction.model_dump(exclude_defaults=True)
     try:
         return CorrectionConfig.model_validate({**stored, **given})

@@ -51,7 +51,8 @@ def run_score(config: ScoreConfig, image: Path, prompt: str) -> dict[str, Any]:
     annotate(picture, judged.marks()).save(annotated)
     lines = [f"score {judged.score:+.3f}  {prompt}"]
     for e in judged.phrases:
-        box = ", ".join(f"{value:.0f}" for value in e.box)
+        left, top, right, bottom = (f"{value:.0f}" for value in e.box)
+        box = f"{left}, {top}) to ({right}, {bottom}"
         lines.append(f"  {e.phrase}: box ({box}), confidence {e.confidence:.2f}, alone {e.score:+.3f}")
     return result | {"summary": lines}
 
@@ -72,7 +73,10 @@ def run_alignment(config: AlignmentConfig) -> dict[str, Any]:
         )
 
     result = run_arms(config, open_model)
-    return result | {"summary": _alignment_lines(result)} if result else {"arms": {}, "summary": []}
+    if not result:
+        return {"arms": {}, "summary": []}
+    warnings = _alignment_warnings(result)
+    return result | {"warnings": warnings, "summary": [*_alignment_lines(result), *warnings]}
 
 
 def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
@@ -201,11 +205,16 @@ def _alignment_lines(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name:<{width}}  {100 * numbers['overall']:5.1f}  ({parts})")
     for pair, d in result["differences"].items():
         lines.append(f"{pair}: {100 * d['mean']:+.1f} points, 95 % [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]")
+    return lines
+
+
+def _alignment_warnings(result: Mapping[str, Any]) -> list[str]:
+    warnings = []
     if single := [name for name, count in result["categories"].items() if count == 1]:
-        lines.append(f"warning: one prompt tells no spread, so intervals are too narrow: {', '.join(single)}")
+        warnings.append(f"warning: one prompt tells no spread, so intervals are too narrow: {', '.join(single)}")
     if all(numbers["overall"] == 0 for numbers in result["arms"].values()):
-        lines.append(
+        warnings.append(
             "warning: no arm drew a single right image: the checker knows the drawn world alone, which this model does "
             "not draw; `dpt evaluate images` judges others"
         )
-    return lines
+    return warnings

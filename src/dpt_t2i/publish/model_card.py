@@ -23,6 +23,7 @@ from dpt_t2i.publish.privacy import public
 
 TEMPLATES = Path(__file__).with_name("templates")
 CONFIG = "config.yaml"
+UNKNOWN_STRENGTH = {"correct": 0.05, "correction_rule": "relative"}  # to begin with, where none is stored
 OURS = b"dpt-t2i"  # stands in every card
 ADAPTERS = ("adapter", "dpt/probe/adapter")  # beside a LoRA; inside a merged model
 MEASURED = {  # what the card takes of each
@@ -158,7 +159,7 @@ def _correction_flags(stored: Mapping[str, Any]) -> str:
     default = CorrectionConfig().model_dump(mode="json")
     flags = {key: value for key, value in stored.items() if key in default and value != default[key]}
     return "".join(
-        f" --{key}" if value is True else f" --{key} {value}" for key, value in (flags or {"correct": 0.5}).items()
+        f" --{key}" if value is True else f" --{key} {value}" for key, value in (flags or UNKNOWN_STRENGTH).items()
     )
 
 

@@ -64,7 +64,7 @@ def write_report(
         .get_template("report.html.j2")
         .render(
             title=title,
-            notes=[notes] if isinstance(notes, str) else list(notes),
+            notes=[*([notes] if isinstance(notes, str) else notes), *alignment.get("warnings", ())],
             alignment=alignment,
             columns=["overall", *alignment["categories"], "extra_objects"],
             best=best_arms(alignment),

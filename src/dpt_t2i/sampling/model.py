@@ -15,7 +15,7 @@ from dpt_t2i.backbones.fingerprint import config_hash, lora_hash, part_hashes, w
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone
 from dpt_t2i.backbones.lora import load_lora, lora_parameters, lora_sizes
-from dpt_t2i.config import GenerateConfig, ModelConfig, SampleConfig, build_config
+from dpt_t2i.config import GenerateConfig, ModelConfig, SampleConfig, build_config, resolve_key
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import Generated, Job, generate, jobs_of, parse_seeds
 from dpt_t2i.sampling.images import open_image
@@ -23,6 +23,13 @@ from dpt_t2i.sampling.judgement import Judgement, judge_image
 from dpt_t2i.sampling.loop import Step, eta_of, guidance_interval_of, guidance_of
 from dpt_t2i.sampling.scoring import Judge, MatchScorer
 from dpt_t2i.sampling.search import best_of
+
+# Of `dpt generate`'s settings those that a model in memory has no use for.
+ELSEWHERE = {
+    "prompt": "give `prompts`",
+    "prompts_file": "give `prompts`",
+    "output_dir": "save the pictures that it returns",
+}
 
 
 class T2IModel:
@@ -51,9 +58,12 @@ class T2IModel:
                 best_of=4, height=64`.
 
         Raises:
-            InputError: an unknown setting (names the nearest), seeds that cannot be read, or a setting that needs an
-            adapter where there is none.
+            InputError: an unknown setting (names the nearest), one that is `load`'s or the command's own, seeds that
+                cannot be read, or a setting that needs an adapter where there is none.
         """
+        for name in settings:
+            if (path := resolve_key(GenerateConfig, name)).startswith("model.") or path in ELSEWHERE:
+                raise InputError(f"`{name}` is no setting of a picture; {ELSEWHERE.get(path, 'give it to `load`')}")
         config = build_config(GenerateConfig, overrides=settings)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         numbers = parse_seeds(seeds) if isinstance(seeds, str) else [seeds] if isinstance(seeds, int) else list(seeds)
@@ -103,6 +113,8 @@ class T2IModel:
         """
         if self.scorer is None:
             raise InputError("scoring needs an adapter; give `adapter`, or a base that ships one")
+        if not isinstance(prompt, str) or not isinstance(image, Image.Image | str | PathLike):
+            raise InputError("`score` takes one picture, or the path of one, and one prompt")
         self._place_adapter()
         if not isinstance(image, Image.Image):
             image = open_image(Path(image))

@@ -65,7 +65,7 @@ class DenoiserHook:
         self._scoring = False  # the score is itself a pass of the denoiser, which is not to be corrected again
         self._moved: Tensor | None = None  # the denoiser input that the coming step of the sampler starts from
         self._schedule: Tensor | None = None  # of the pipeline's call at work
-        self._first, self._place = 0, 0  # in it, where this call began and where it is
+        self._first = 0  # of it, the place at which the call began
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -110,15 +110,17 @@ class DenoiserHook:
         counted = getattr(scheduler, "step_index", None)  # None before its first step, and of samplers that count none
         counted = getattr(scheduler, "begin_index", None) if counted is None else counted
         place = _nearest(scheduler.timesteps, timestep) if counted is None else int(counted)
-        if scheduler.timesteps is not self._schedule or place < self._place:
+        if scheduler.timesteps is not self._schedule:  # each call makes its own
             self._schedule, self._first = scheduler.timesteps, place
-        self._place = place
         return place
 
     def _correct(self, latents: Tensor, timestep: Tensor, tokens: Tensor | None) -> Tensor:
         """All rows of the denoiser's batch, with the correction in those that the mode says."""
         images = len(latents) if self.guide.images is None else self.guide.images
-        if len(latents) not in (images, 2 * images):
+        # Of a U-Net's pipeline that guides, a batch of as many rows as images is half as many images, twice.
+        pipeline = self.guide.backbone.pipeline
+        guides = hasattr(pipeline, "unet") and bool(getattr(pipeline, "do_classifier_free_guidance", False))
+        if len(latents) not in (() if guides else (images,)) + (2 * images,):
             raise InputError(
                 f"the pipeline makes {_images(len(latents))} images, but self-correction was told of {images}; give "
                 "`hooked` the prompts and `num_images_per_prompt` of the call"

@@ -140,6 +140,8 @@ class SelfCorrection:
 
 def _check_settings(config: CorrectionConfig) -> None:
     if config.correct == 0:
-        raise InputError("self-correction needs a strength; give `correct`, for instance 0.5 (or 0.02 if relative)")
+        raise InputError(
+            "self-correction needs a strength; give `correct`, for instance 0.05 with correction_rule='relative'"
+        )
     if config.correction_fused:
         raise InputError("correction_fused is for `dpt generate`; give `correction_fused=False` for a pipeline")

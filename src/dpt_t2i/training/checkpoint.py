@@ -124,7 +124,11 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
         return whole[-1][1]
     path = Path(wanted) if Path(wanted).is_dir() else run / wanted
     if not (path / STATE).is_file():
-        raise InputError(f"resume_from_checkpoint {wanted} is no checkpoint: {path / STATE} is missing")
+        there = ", ".join(found.name for _, found in checkpoints(run)) or "none"
+        raise InputError(
+            f"resume_from_checkpoint {wanted} is no checkpoint: {path / STATE} is missing; in {run} there are: {there} "
+            "(--checkpoints_total_limit says how many stay)"
+        )
     if not _is_whole(path):
         raise InputError(f"{path} is damaged: a file is missing or cut short; resume from an earlier one")
     if path.resolve().parent != run.resolve() and checkpoints(run):

@@ -13,7 +13,7 @@ import math
 import shutil
 import signal
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
             run = _Run(job, accelerator)
             with Signals() as signals, run.progress.bar:  # closed by an error too, whose line then stands by itself
                 run.look()
-                for step, window in enumerate(windows(job.feed, accelerator, run.step), start=run.step):
+                for step, window in enumerate(_sound(run, windows(job.feed, accelerator, run.step)), start=run.step):
                     run.take(step, window, signals)
             run.end()
     except BaseException:
@@ -138,12 +138,25 @@ class _Run:
         if accelerator.scaler is not None and saved.get("scaler"):
             accelerator.scaler.load_state_dict(saved["scaler"])
         self.metrics = Metrics(job.output_dir, accelerator, self.step)
+        if accelerator.is_main_process:
+            self._tell_begin(checkpoint)
         self.progress = Progress(
             self.settings.max_train_steps,
             self.step,
             self.identity["examples_a_step"],
             accelerator.is_local_main_process,
         )
+
+    def _tell_begin(self, checkpoint: Path | None) -> None:
+        world, total = self.accelerator.num_processes, self.settings.max_train_steps
+        if checkpoint is not None:
+            left = f"step {self.step} of {total}" if self.step < total else f"all of {total} steps are done already"
+            log.info("goes on from %s: %s", checkpoint, left)
+        log.info(
+            "%d %s on %s, %d examples a step",
+            world, "process" if world == 1 else "processes", self.accelerator.device,
+            self.identity["examples_a_step"],
+        )  # fmt: skip
 
     def take(self, step: int, window: Window, signals: Signals) -> None:
         """One optimiser step and all that is due after it."""
@@ -187,6 +200,9 @@ class _Run:
         if (self.step == 0 or self._due(self.settings.validation_steps)) and self.step not in metrics.held_out:
             with self._whole_base():
                 metrics.write(self.step, "val", job.validate())
+            if self.accelerator.is_main_process and metrics.held_out[self.step]:
+                found = "  ".join(f"{name} {value:.3f}" for name, value in metrics.held_out[self.step].items())
+                log.info("step %d, held out: %s", self.step, found)
             better = metrics.best(self.settings.best_metric) == self.step
             self.progress.restart(self.step)
         due = job.sample_every and self.step and self.step % job.sample_every == 0
@@ -278,6 +294,19 @@ class _Run:
             )
 
 
+def _sound(run: _Run, stream: Iterator[Window]) -> Iterator[Window]:
+    """The windows; a record that turns out to be broken ends the run with a checkpoint, and its step is named."""
+    try:
+        yield from stream
+    except InputError as error:
+        if run.accelerator.num_processes > 1 or run.step == run.first:  # others are elsewhere, or nothing is new
+            raise InputError(f"step {run.step + 1}: {error}") from error
+        run.save()
+        raise InputError(
+            f"step {run.step + 1}: {error}; checkpoint-{run.step} is kept, and --on_bad skip leaves such records out"
+        ) from error
+
+
 def _tell_left_out(feed: Feed, accelerator: Accelerator) -> None:
     """How many faults all processes met, each counted once."""
     total = len(set(gather_object(list(feed.left_out.said))))
@@ -328,8 +357,9 @@ def _count_on_cpu(optimizer: torch.optim.Optimizer) -> None:
 def _check_identity(checkpoint: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     for key, value in identity.items():
         if saved.get(key, value) != value:
+            of = " (train_batch_size x gradient_accumulation_steps x processes)" if key == "examples_a_step" else ""
             raise InputError(
-                f"{checkpoint} was written with {key} = {saved[key]}, this run has {value}; use its settings"
+                f"{checkpoint} was written with {key} = {saved[key]}{of}, this run has {value}; use its settings"
             )
 
 

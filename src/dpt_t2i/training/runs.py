@@ -52,17 +52,18 @@ def plot(rows: Sequence[Sequence[Row]], names: Sequence[str], output: Path) -> N
     ]
     height = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(4 * COLUMNS, 2.6 * height), layout="constrained")
-    axes = figure.subplots(height, COLUMNS, squeeze=False).flat
+    axes = list(figure.subplots(height, COLUMNS, squeeze=False).flat)
     for axis, (split, key) in zip(axes, panels, strict=False):
-        for run, name in zip(rows, names, strict=True):
+        for run, name, color in zip(rows, names, ("C0", "C1"), strict=True):
             points = [(row["step"], row[key]) for row in run if row["split"] == split and key in row]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else "", markersize=3, label=name)
+                marker = "o" if len(points) < 20 else ""
+                axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name, color=color)
         axis.set_title(f"{split}: {key}", fontsize=10)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    shown = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=2)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=100)
 

@@ -40,7 +40,7 @@ class Signals:
         if not self.received:
             self.received, self._since = number, time.monotonic()
             log.warning(
-                "%s: stopping behind this step or validation, with a checkpoint; Ctrl-C once more, a few seconds from "
+                "%s: stopping after this step or validation, with a checkpoint; Ctrl-C once more, a few seconds from "
                 "now, ends at once without one",
                 signal.Signals(number).name,
             )
