@@ -13,7 +13,7 @@ from torch import nn
 
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import checkpoint
-from dpt_t2i.training.checkpoint import checkpoints, drop_later, find_checkpoint, read_optimizer, write_checkpoint
+from dpt_t2i.training.checkpoint import checkpoints, drop, find_checkpoint, later, read_optimizer, write_checkpoint
 
 Parameters = dict[str, nn.Parameter]
 
@@ -218,7 +218,7 @@ def test_counts_of_the_8_bit_optimizer_come_back_as_numbers(tmp_path):
 def test_what_lies_after_the_step_gone_on_from_is_dropped(tmp_path):
     for step in (2, 9, 10, 11):
         write(tmp_path, step)
-    drop_later(tmp_path, 9)
+    drop(later(tmp_path, 9))
     assert [step for step, _ in checkpoints(tmp_path)] == [2, 9]
 
 

@@ -1,5 +1,6 @@
 """The loop on a model of two numbers, so that every step can be done on paper."""
 
+import errno
 import math
 import os
 import signal
@@ -189,6 +190,10 @@ def test_bounds_are_kept_after_every_step(tmp_path, accelerator):
     assert model.w.tolist() == pytest.approx([-0.05, 0.15])  # free it would be at -0.3, 0.3
 
 
+def no_room(folder: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path, accelerator, caplog):
     train(job(tmp_path, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9), accelerator)
     before = read_metrics(tmp_path / "metrics.jsonl")
@@ -198,6 +203,10 @@ def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path, acce
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 2, 3, 4], "nothing goes before there is something new"
     assert "goes back to step 2: checkpoint-3, checkpoint-4 will be removed" in caplog.text
     assert read_metrics(tmp_path / "metrics.before.jsonl") == before
+    full = replace(job(tmp_path, checkpointing_steps=1, resume_from_checkpoint="checkpoint-2"), save_artifacts=no_room)
+    with pytest.raises(InputError, match="cannot write .*checkpoint-3: .*No space"):
+        train(full, accelerator)
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 2, 3, 4], "nor before the new one is whole"
     again = job(tmp_path, max_train_steps=3, checkpointing_steps=9, resume_from_checkpoint="checkpoint-2")
     train(fed(again, train=again.feed.train.model_copy(update={"checkpoints_total_limit": 9})), accelerator)
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 2, 3]
@@ -597,3 +606,18 @@ def test_samples_come_when_due(tmp_path, accelerator):
     assert asked == [2, 4]
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["split"] == "samples"]
     assert rows == [{"step": step, "split": "samples", "lora_norm": 0.5} for step in asked]
+
+
+def test_going_back_far_keeps_the_first_new_checkpoint(tmp_path, accelerator):
+    """By number it is older than those that it replaces, which are newer than the limit lets stay."""
+    train(job(tmp_path, max_train_steps=9, checkpointing_steps=1, checkpoints_total_limit=9), accelerator)
+    back = job(tmp_path, max_train_steps=9, checkpointing_steps=1, resume_from_checkpoint="checkpoint-2")
+
+    def stop_after_one(step=[0]):  # noqa: B006
+        step[0] += 1
+        if step[0] == 2:
+            raise InputError("enough")
+
+    with pytest.raises(InputError, match="enough"):
+        train(replace(back, after_step=stop_after_one), accelerator)
+    assert [step for step, _ in checkpoints(tmp_path)] == [2, 3]

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,9 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def drop_later(run: Path, step: int) -> None:
-    """Remove checkpoints after `step`: they are of a run that this one replaces, and `latest` would find them."""
-    for path in later(run, step):
+def drop(old: Iterable[Path]) -> None:
+    """Remove checkpoints, such as those of a run that another replaces: `latest` would find them."""
+    for path in old:
         _remove(path)
 
 

@@ -30,7 +30,7 @@ from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.objectives.types import Losses
 from dpt_t2i.training.checkpoint import (
     STATE,
-    drop_later,
+    drop,
     find_checkpoint,
     later,
     read_optimizer,
@@ -125,7 +125,7 @@ class _Run:
             self.step, self.skipped = int(saved["step"]), int(saved.get("skipped", 0))
         self.first = self.step
         _check_same(accelerator, checkpoint, self.step)
-        self.replaces = accelerator.is_main_process and checkpoint is not None and self._replaces_later()
+        self.replaced = self._replaced() if accelerator.is_main_process and checkpoint is not None else []
         if job.begin is not None and accelerator.is_main_process:
             job.begin()
         self.factor = _rate_factor(self.settings)
@@ -227,19 +227,21 @@ class _Run:
             return
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         extra = {**self.identity, "scaler": scaler, "skipped": self.skipped}
-        if self.replaces:
-            drop_later(self.job.output_dir, self.first)
-            self.replaces = False
-        write_checkpoint(
+        limit = self.settings.checkpoints_total_limit
+        written = write_checkpoint(
             self.job.output_dir,
             self.step,
             self.parameters,
             self.optimizer,
             self.job.save_artifacts,
             extra,
-            self.settings.checkpoints_total_limit,
+            limit + len(self.replaced),  # which are newer by their number
             spared=self._spared(),
         )
+        if self.replaced:
+            drop(path for path in self.replaced if path != written)
+            self.replaced = []
+            self._rotate()
 
     def _rotate(self) -> None:
         """Once more where a validation behind the checkpoint found another one the best."""
@@ -250,9 +252,9 @@ class _Run:
         best = self.metrics.best(self.settings.best_metric)
         return () if best is None else (best,)
 
-    def _replaces_later(self) -> bool:
-        """Whether checkpoints after the one gone on from exist: they go when the first new one is about to replace
-        them, and are told before; the metrics of before stay in a file of their own.
+    def _replaced(self) -> list[Path]:
+        """Checkpoints after the one gone on from: they go once the first new one is whole, and are told before; the
+        metrics of before stay in a file of their own.
         """
         run = self.job.output_dir
         gone = later(run, self.step)
@@ -264,7 +266,7 @@ class _Run:
             )  # fmt: skip
             if (run / METRICS).is_file():
                 shutil.copyfile(run / METRICS, run / "metrics.before.jsonl")
-        return bool(gone)
+        return gone
 
     def _whole_base(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.base is None else self.base.whole()
