@@ -1,16 +1,19 @@
 """`dpt evaluate alignment` ends with a page."""
 
+from dpt_t2i.backbones.lora import add_lora, save_lora
 from dpt_t2i.config import AlignmentConfig, build_config
 from dpt_t2i.report import evaluate_alignment
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_backbone, tiny_pipeline
 
 
 def test_the_numbers_and_the_page(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "base")
-    (tmp_path / "control").mkdir()
+    backbone = tiny_backbone()
+    add_lora(backbone, 2)
+    save_lora(backbone, tmp_path / "control", {})
     settings = {
         "pretrained_model_name_or_path": str(tmp_path / "base"),
-        "arms": ("base",),
+        "arms": ("base", "control"),
         "max_prompts": 2,
         "seeds": "0",
         "steps": 1,
@@ -25,3 +28,4 @@ def test_the_numbers_and_the_page(tmp_path):
     assert result["summary"][-1] == f"report: {tmp_path / 'out' / 'report.html'}"
     assert result["prompts"] == 2 and "the plain model" in page
     assert "Run control: losses" in page, "the curves of the run folder that a LoRA came from"
+    assert "one prompt tells no spread" in page and result["warnings"][0] in page
