@@ -141,6 +141,7 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
         squares = _squares_of(records, shares[number], data, size, bad)
         return _latents(cached, squares, config.vae_batch_size, beat)
 
+    state.wait_for_everyone()  # who was loaded first would have done a small data set alone
     latents = fill(cached.latents, names, encode, first(names))
     text = fill(cached.text, text_names, lambda n, beat: _text(cached, texts[n], beat), first(texts))
     left_out = sum(gathered([len(bad.found)], state))
