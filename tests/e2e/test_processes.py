@@ -94,7 +94,9 @@ def test_a_failure_of_one_process_ends_all_with_one_line(base: str, tmp_path: Pa
     done = launch("probe", *common, "--train_batch_size", "1", "--output_dir", tmp_path, processes=2, expect=None)
     assert time.monotonic() - start < 600, "the other process does not wait for the lost one"
     (line,) = error_lines(done)
-    assert line.startswith(f"error: step 1: cannot read image {broken}: ") and line.endswith("replace or remove the file")
+    assert line.startswith(f"error: step 1: cannot read image {broken}: ") and line.endswith(
+        "replace or remove the file"
+    )
     assert not (tmp_path / "adapter").exists()
 
 
