@@ -14,8 +14,9 @@ from dpt_t2i.backbones.types import Features
 from dpt_t2i.config import DataConfig, ItmRecConfig, TuneTrainConfig
 from dpt_t2i.objectives.matcher import match_queries
 from dpt_t2i.objectives.positions import positive_map
-from dpt_t2i.training.engine import Job, _step
+from dpt_t2i.training.job import Job
 from dpt_t2i.training.objective import ProbeObjective
+from dpt_t2i.training.step import take_step
 from dpt_t2i.training.windows import Feed
 from tests.parity.golden import SHARED, adapter, backbone, close, needs_shared, numbers, tensors
 from tests.parity.stages import (
@@ -125,7 +126,7 @@ def _check_step(part, named, stage: int, folder: Path, gradients: dict[str, floa
     optimizer = torch.optim.AdamW(named.values(), lr=train.learning_rate, weight_decay=train.adam_weight_decay)
     assert (golden["lr"], golden["weight_decay"]) == (train.learning_rate, train.adam_weight_decay)
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
-    outcome = _step(job, Accelerator(cpu=True), part, optimizer, [(encoded(), draw())], 0)
+    outcome = take_step(job, Accelerator(cpu=True), part, optimizer, [(encoded(), draw())], 0)
     assert outcome.norm == pytest.approx(golden["norm_before_clip"], rel=1e-4)
     assert outcome.terms["loss"] == pytest.approx(numbers("losses")[f"stage{stage}.itm_float32"]["loss"], rel=1e-4)
     for name, parameter in named.items():

@@ -26,9 +26,11 @@ from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.training import signals as signals_room
 from dpt_t2i.training.checkpoint import checkpoints
 from dpt_t2i.training.denoising import Draw
-from dpt_t2i.training.engine import Job, _count_on_cpu, _rate_factor, _step, train
+from dpt_t2i.training.engine import _count_on_cpu, _rate_factor, train
+from dpt_t2i.training.job import Job
 from dpt_t2i.training.occupied import occupied
 from dpt_t2i.training.signals import Signals
+from dpt_t2i.training.step import take_step
 from dpt_t2i.training.trackers import read_metrics
 from dpt_t2i.training.windows import Feed, draws, mix
 from tests.training import forked
@@ -153,7 +155,7 @@ def step_once(folder: Path, accelerator: Accelerator, limit: float, *slopes: tup
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # w = -gradient after one step
     given = job(folder, model, weight, max_grad_norm=limit)
     window: Any = [(Coded((i,), boxes=1 + 2 * i, slope=slope), DRAW) for i, slope in enumerate(slopes)]
-    outcome = _step(given, accelerator, model, optimizer, window, 0)
+    outcome = take_step(given, accelerator, model, optimizer, window, 0)
     return model, outcome
 
 
@@ -179,7 +181,7 @@ def test_a_step_without_boxes_divides_by_one(tmp_path, accelerator):
     model = Plane()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     window: Any = [(Coded((0,)), None), (Coded((1,)), None)]
-    _step(job(tmp_path, model), accelerator, model, optimizer, window, 0)
+    take_step(job(tmp_path, model), accelerator, model, optimizer, window, 0)
     assert [boxes for _, _, boxes in model.seen] == [0.5, 0.5]  # the window's mean of one
 
 
@@ -339,7 +341,7 @@ def test_a_gradient_that_is_not_finite_is_no_step(tmp_path, accelerator):
     model.w.register_hook(lambda gradient: gradient * math.inf)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     window: Any = [(Coded((4,), slope=(1.0, 1.0)), DRAW)]
-    outcome = _step(job(tmp_path, model), accelerator, model, optimizer, window, 7)
+    outcome = take_step(job(tmp_path, model), accelerator, model, optimizer, window, 7)
     assert model.w.tolist() == [0, 0]
     file = tmp_path / "nan" / "step-8-rank-0.safetensors"
     assert outcome.fault == f"the gradient is not finite (norm inf), records [[4]]; its batch is in {file}"

@@ -25,6 +25,7 @@ from dpt_t2i.training.encode import Encoded, Encoder
 from dpt_t2i.training.engine import train
 from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.setup import Setup, set_up
+from dpt_t2i.training.step import take_step
 from dpt_t2i.training.trackers import read_metrics
 from dpt_t2i.training.tune import run_tune
 from tests.data import writers
@@ -184,7 +185,7 @@ def test_two_processes_share_the_boxes_of_a_step(tmp_path: Path) -> None:
         rank, model = accelerator.process_index, Plane()
         window: Any = [(Coded((i,), boxes=boxes, slope=(1.0, 0.0)), None) for i, boxes in enumerate(BOXES[rank])]
         given = replace(job(tmp_path, model), weights={"loss_mse": 1.0})
-        engine._step(given, accelerator, model, torch.optim.SGD(model.parameters(), lr=1.0), window, 0)
+        take_step(given, accelerator, model, torch.optim.SGD(model.parameters(), lr=1.0), window, 0)
         # 12 boxes over 2 processes x 2 micro-batches
         assert [boxes for _, _, boxes in model.seen] == [3.0, 3.0]
 

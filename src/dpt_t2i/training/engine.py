@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import shutil
 import signal
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,8 @@ from accelerate.utils import DistributedType, gather_object
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.config import TrainConfig
 from dpt_t2i.errors import InputError, Stopped
-from dpt_t2i.objectives.types import Losses
 from dpt_t2i.training.checkpoint import (
     STATE,
     drop,
@@ -37,12 +33,13 @@ from dpt_t2i.training.checkpoint import (
     rotate,
     write_checkpoint,
 )
-from dpt_t2i.training.faults import describe, save_batch
+from dpt_t2i.training.job import Job
 from dpt_t2i.training.occupied import occupied
 from dpt_t2i.training.optimizer import make_optimizer
 from dpt_t2i.training.progress import Progress
-from dpt_t2i.training.sharding import ShardedBase, average_gradients, sharding_asked
+from dpt_t2i.training.sharding import ShardedBase, sharding_asked
 from dpt_t2i.training.signals import Signals
+from dpt_t2i.training.step import Outcome, take_step
 from dpt_t2i.training.trackers import METRICS, Metrics, close_trackers
 from dpt_t2i.training.windows import Feed, Window, mix, windows
 
@@ -50,37 +47,6 @@ LOG_EVERY = 10
 MAX_SKIPPED = 20  # steps in a row without a finite loss: then nothing is being learned
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a recipe hands to the engine."""
-
-    objective: nn.Module  # forward(Encoded, Draw, num_boxes) -> loss terms
-    weights: Mapping[str, float]
-    feed: Feed
-    output_dir: Path
-    save_artifacts: Callable[[Path], None]
-    load_artifacts: Callable[[Path], None]  # put a checkpoint's weights back in place
-    validate: Callable[[], dict[str, float]]
-    after_step: Callable[[], None] | None = None  # keeps parameters inside their bounds, and their averages
-    sample: Callable[[int], dict[str, float]] | None = None  # draws and keeps samples; on the main process only
-    sample_every: int = 0  # optimiser steps; 0 = never
-    clipped_apart: Sequence[nn.Module] = ()  # parts of the objective whose gradients are clipped each by its own norm
-    backbone: Backbone | None = None  # whose frozen weights FSDP may share out; None = nothing is frozen
-    begin: Callable[[], None] | None = None  # once a checkpoint to go on from is known to fit; on the main process only
-    at_end: Callable[[], None] | None = None  # measures what came of it, on every process, after the last step
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of one optimiser step, the same on every process."""
-
-    terms: dict[str, float]  # means over the window and the processes
-    norm: float  # of the gradient before clipping
-    fault: str | None  # what was not finite, where no step was taken
-    refused: bool  # fp16: the scaler took no step, since the gradient was out of range at its scale
-    signal: int  # that one of the processes got; 0 = none
 
 
 def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
@@ -165,7 +131,7 @@ class _Run:
             group["lr"] = rate
         torch.manual_seed(mix(self.job.feed.seed, step, self.accelerator.process_index))  # dropout
         self.model.train()
-        outcome = _step(self.job, self.accelerator, self.model, self.wrapped, window, step, signals, self.base)
+        outcome = take_step(self.job, self.accelerator, self.model, self.wrapped, window, step, signals, self.base)
         self.step = step + 1
         self._count(outcome)
         if self.step % LOG_EVERY == 0 or self.step == self.settings.max_train_steps:
@@ -365,86 +331,6 @@ def _check_identity(checkpoint: Path, saved: Mapping[str, Any], identity: Mappin
             )
 
 
-def _step(
-    job: Job,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    window: Window,
-    step: int,
-    signals: Signals | None = None,
-    base: ShardedBase | None = None,
-) -> Outcome:
-    """One optimiser step over a window of micro-batches; none where a loss or the gradient is not finite.
-
-    Nothing is decided before gradients and figures are those of all processes, so that all decide alike.
-    """
-    boxes = torch.tensor(float(sum(batch.targets.num_boxes() for batch, _ in window)), device=accelerator.device)
-    # Each micro-batch is later averaged over the window and over the processes, so its share of the boxes is the mean.
-    all_boxes = max(1.0, float(accelerator.reduce(boxes, reduction="sum")))
-    num_boxes = all_boxes / accelerator.num_processes / len(window)
-    optimizer.zero_grad(set_to_none=True)
-    found: list[dict[str, Tensor]] = []
-    for index, (batch, draw) in enumerate(window):
-        with _maybe_no_sync(accelerator, model, base is None and index < len(window) - 1):
-            with accelerator.autocast():
-                terms = model(batch, draw, num_boxes)
-            total = Losses(terms, job.weights).total
-            accelerator.backward(total / len(window))
-        found.append({name: value.detach() for name, value in {**terms, "loss": total}.items()})
-    if base is not None:
-        base.settle()
-        average_gradients([parameter for parameter in model.parameters() if parameter.requires_grad], accelerator)
-    norm = _clip(job, accelerator, model)
-    names = sorted(found[0])
-    figures = [torch.stack([terms[name] for terms in found]).mean() for name in names]
-    received = signals.received if signals is not None else 0
-    figures.append(torch.tensor(float(received), device=accelerator.device))
-    *means, asked = accelerator.reduce(torch.stack([value.float() for value in figures]), reduction="mean").tolist()
-    fault = None
-    scaled = accelerator.scaler is not None  # then a gradient out of range is the scaler's affair: it skips the step
-    if not all(map(math.isfinite, means)) or not (scaled or math.isfinite(norm)):
-        fault = _fault(job, accelerator, window, found, norm, step)
-    refused = False
-    if fault is None or scaled:
-        optimizer.step()
-        refused = scaled and bool(accelerator.optimizer_step_was_skipped)
-        if job.after_step is not None and not refused:
-            job.after_step()
-    stop = (received or int(signal.SIGTERM)) if asked else 0  # another process may have been asked
-    return Outcome(dict(zip(names, means, strict=True)), norm, fault, refused, stop)
-
-
-def _clip(job: Job, accelerator: Accelerator, model: nn.Module) -> float:
-    """Hold the gradient, or that of each of the job's parts, to `max_grad_norm`; the whole one's norm before."""
-    limit = job.feed.train.max_grad_norm
-    if not job.clipped_apart:
-        clipped = accelerator.clip_grad_norm_(model.parameters(), limit)
-        return float(clipped) if clipped is not None else 0.0
-    accelerator.unscale_gradients()
-    norms = [nn.utils.clip_grad_norm_(part.parameters(), limit) for part in job.clipped_apart]
-    return float(torch.stack(norms).norm())
-
-
-def _fault(
-    job: Job,
-    accelerator: Accelerator,
-    window: Window,
-    found: list[dict[str, Tensor]],
-    norm: float,
-    step: int,
-) -> str:
-    """What is not finite, in the words of the first process that saw it; each of these keeps its batch."""
-    terms = [{name: float(value) for name, value in row.items()} for row in found]
-    mine = describe(terms, norm, [batch.records for batch, _ in window])
-    own = [mine] if not all(math.isfinite(value) for row in terms for value in row.values()) else []
-    everyone = gather_object(own) or gather_object([mine])
-    said = everyone[0]
-    if mine in everyone:
-        return f"{said}; {save_batch(job.output_dir, step + 1, accelerator.process_index, window, mine)}"
-    return f"{said}; its batch is in {job.output_dir / 'nan'}"
-
-
 def _rate_factor(settings: TrainConfig) -> Callable[[int], float]:
     """Multiplier of the learning rate at an optimiser step; steps are global, on any number of processes."""
     schedule = get_scheduler(
@@ -454,8 +340,3 @@ def _rate_factor(settings: TrainConfig) -> Callable[[int], float]:
         num_training_steps=settings.max_train_steps,
     )
     return schedule.lr_lambdas[0]
-
-
-def _maybe_no_sync(accelerator: Accelerator, model: nn.Module, skip: bool):  # type: ignore[no-untyped-def]
-    """Gradients are exchanged once a step, with its last micro-batch."""
-    return accelerator.no_sync(model) if skip else contextlib.nullcontext()

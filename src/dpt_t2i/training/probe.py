@@ -23,7 +23,8 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.provenance import write_json
 from dpt_t2i.training.atlas import ATLAS, AtlasValidation, atlas_lines
 from dpt_t2i.training.encode import report_cut
-from dpt_t2i.training.engine import Job, train
+from dpt_t2i.training.engine import train
+from dpt_t2i.training.job import Job
 from dpt_t2i.training.objective import AtlasObjective, ProbeObjective, weights_of
 from dpt_t2i.training.on_policy import OnPolicy
 from dpt_t2i.training.setup import Setup, set_up, set_up_each, store_adapter, write_config

@@ -21,7 +21,8 @@ from dpt_t2i.training import ema
 from dpt_t2i.training.distill import Teacher
 from dpt_t2i.training.ema import LoraAverage
 from dpt_t2i.training.encode import report_cut
-from dpt_t2i.training.engine import Job, train
+from dpt_t2i.training.engine import train
+from dpt_t2i.training.job import Job
 from dpt_t2i.training.objective import DenoiseObjective, TuneObjective, weights_of
 from dpt_t2i.training.on_policy import OnPolicy
 from dpt_t2i.training.probe import finish, restore_adapter, result
