@@ -2,10 +2,12 @@
 
 import errno
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -221,12 +223,25 @@ def test_any_other_error_is_ours(work: Callable[..., Work], capsys: pytest.Captu
     assert out == "" and "Traceback" in err and "ZeroDivisionError" in err
 
 
-def test_an_interrupt_is_no_fault(work: Callable[..., Work]) -> None:
-    def interrupted() -> dict[str, Any]:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_the_middle_is_no_fault(
+    work: Callable[..., Work], capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
+) -> None:
+    cleared = []
 
-    work(PROBE, interrupted)
-    assert cli.main(["probe"]) == 130
+    def work_long() -> dict[str, Any]:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            cleared.append(number)
+        return {}
+
+    before = signal.getsignal(signal.SIGTERM)
+    work(PROBE, work_long)
+    assert cli.main(["probe"]) == code
+    assert cleared == [number] and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == f"{number.name}: stopped; files that were finished stay\n"
 
 
 def test_a_place_that_is_a_file_is_refused_before_the_work(

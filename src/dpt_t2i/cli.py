@@ -26,7 +26,7 @@ from pydantic.fields import FieldInfo
 
 from dpt_t2i import config as settings
 from dpt_t2i.config import ALIASES, Section, build_config, is_optional, is_tuple, leaves, resolve_key
-from dpt_t2i.errors import InputError, Stopped, writing_to
+from dpt_t2i.errors import InputError, Stopped, stopping_on_signals, writing_to
 
 # hyphen = underscore in every flag
 SETTINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120}
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         return _refuse(_usage_message(error))
     except Stopped as stop:
-        if _is_first_process():
+        if _is_first_process() and _is_first_to_fail():  # a launcher ends the others of one that failed
             typer.echo(" ".join(str(stop).split()), err=True)
         return 128 + stop.signal
     except (typer.Abort, KeyboardInterrupt):
@@ -177,10 +177,10 @@ def _perform(
     else:
         logging.getLogger().setLevel(logging.ERROR)
     module, _, function = run.partition(":")
-    work: Callable[..., dict[str, Any]] = getattr(import_module(module), function)
     # A library that writes to stdout would spoil the JSON.
     kept_clean = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    with writing_to(output_dir), kept_clean:
+    with stopping_on_signals(), writing_to(output_dir), kept_clean:
+        work: Callable[..., dict[str, Any]] = getattr(import_module(module), function)
         result = work(*positional, **named)
     if not _is_first_process():
         return

@@ -163,8 +163,8 @@ def _notes(
     config: DemoConfig, result: Mapping[str, Any], probe: Mapping[str, Any], tuned: Mapping[str, Any]
 ) -> list[str]:
     return [
-        f"On {result['prompts']} dev prompts: few, so the intervals are wide. How far the bundled model has grown "
-        "stands in its card.",
+        f"Measured on only {result['prompts']} dev prompts, so the intervals are wide. "
+        "The figures of a full run are in the bundled model's card.",
         f"live, live_correct: made just now on this machine, {config.probe_steps} steps of probing and "
         f"{config.tune_steps} of tuning at batch {config.demo_batch_size}. They show that the loop runs, not what it "
         "can do: so young an adapter misleads a correction of the shipped one's strength. dpt, dpt_correct, "

@@ -1,13 +1,16 @@
-"""The one error that is the user's to mend. Everything else is ours, but a place that cannot be written."""
+"""How a command ends early: by an error that is the user's to mend, a place that cannot be written, or a signal."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 # What the system says when a place cannot be written.
 UNWRITABLE = {
@@ -37,6 +40,38 @@ class Stopped(Exception):
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends what is being done as Ctrl-C does."""
+
+
+def signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
+    """The signal behind it."""
+    return signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Within, SIGTERM and Ctrl-C end the work in such a way that what was begun is cleared away.
+
+    Raises:
+        Stopped: one of them came, and nothing within took it for itself.
+    """
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    own = threading.current_thread() is threading.main_thread()  # Python lets no other thread set handlers
+    before = signal.signal(signal.SIGTERM, interrupt) if own else None
+    try:
+        yield
+    except KeyboardInterrupt as asked:
+        number = signal_of(asked)
+        raise Stopped(number, f"{number.name}: stopped; files that were finished stay") from None
+    finally:
+        if own:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -176,3 +176,11 @@ def test_what_only_training_reads_is_refused(
     config = discrimination(tmp_path)
     with pytest.raises(InputError, match=said):
         run(config.model_copy(update={"data": config.data.model_copy(update=setting)}))
+
+
+def test_a_result_of_other_settings_is_kept(loaded: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    for timestep in (500, 100):
+        commands.run_itm(discrimination(tmp_path, timesteps=(timestep,)))
+    kept, new = (json.loads((tmp_path / name).read_text())["timesteps"] for name in ("itm.1.json", "itm.json"))
+    assert (list(kept), list(new)) == (["500"], ["100"])
+    assert (tmp_path / "itm_scores.1.jsonl").is_file()

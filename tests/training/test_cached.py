@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpt_t2i.config import CacheConfig, ModelConfig, TrainDataConfig
+from dpt_t2i.config import BaseModelConfig, CacheConfig, TrainDataConfig
 from dpt_t2i.data.examples import Examples, View, collate
 from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.sources import open_records
@@ -42,7 +42,7 @@ def data(folder, tmp_path):
 @pytest.fixture
 def run(backbone, monkeypatch):
     monkeypatch.setattr(module, "load_backbone", lambda *_: backbone)
-    return lambda data, **more: run_cache(CacheConfig(model=ModelConfig(device="cpu"), data=data, **more))
+    return lambda data, **more: run_cache(CacheConfig(model=BaseModelConfig(device="cpu"), data=data, **more))
 
 
 def batches(data):

@@ -148,7 +148,7 @@ def test_truncation_is_told_once(backbone, batch, caplog):
     encoder = Encoder(backbone, K, None)
     for _ in range(3):
         encoder(cut)
-    told = [record.getMessage() for record in caplog.records if "tokens: cut is" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "reads: cut is" in record.getMessage()]
     assert len(told) == 1 and "cut is `blue star`" in told[0]
 
 

@@ -90,9 +90,16 @@ def test_training_and_validation_are_different_splits(probe_config):
 
 
 def test_the_run_folder_says_how_it_was_made(probe_config):
-    config = probe_config(learning_rate=3e-5, seed=11)
+    config = probe_config(learning_rate=3e-5, seed=11, tap="mid")
     write_config(set_up(config).config)
     assert build_config(ProbeConfig, config.output_dir / "config.yaml") == config
+
+
+def test_without_a_tap_that_of_the_adapter_to_start_from_is_read(probe_config, tmp_path):
+    assert set_up(probe_config()).config.model.tap == "up1"
+    store_adapter(set_up(probe_config(tap="mid_up2")), tmp_path / "adapter")
+    again = set_up(probe_config(adapter=str(tmp_path)))
+    assert [tap.name for tap in again.taps] == ["mid", "up2"] and again.config.model.tap == "mid_up2"
 
 
 def test_gradient_checkpointing_reaches_the_denoiser(probe_config):

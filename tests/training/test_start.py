@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from dpt_t2i.adapter.grounding_text import load_grounding_text
 from dpt_t2i.adapter.io import save_adapter
+from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import AdapterConfig
 from dpt_t2i.errors import InputError
-from dpt_t2i.training.start import restore_start
+from dpt_t2i.training.start import restore_start, tap_of_start
 from tests.tiny import tiny_adapter, tiny_backbone
 from tests.training.test_official import TEXT_WIDTH, roberta_folder, tuned_roberta, with_roberta
 
@@ -57,6 +58,18 @@ def test_the_caption_encoder_that_is_named_holds(tmp_path: Path) -> None:
     torch.save(RELEASED, tmp_path / "pytorch_model.bin")
     settings = AdapterConfig(num_heads=4, grounding_text="my/roberta")
     assert restore_start(str(tmp_path), NO_BASE, UP1, settings)[0].config.grounding_text == "my/roberta"
+
+
+def test_the_tap_is_that_of_the_adapter_unless_said(tmp_path: Path) -> None:
+    assert tap_of_start(None) == tap_of_start("none") == "up1"
+    torch.save(RELEASED, tmp_path / "pytorch_model.bin")
+    assert tap_of_start(str(tmp_path)) == "up1"  # which was trained with it, unless the user knows better
+    config = AdapterConfig(hidden_dim=8, num_heads=2, fusion_channels=6, fusion_size=4)
+    for name, fused in (("plain", AdapterConfig(hidden_dim=8, num_heads=2)), ("fused", config)):
+        adapter = DiscriminativeAdapter(fused, {"mid": 24, "up2": 8}, 16, 16)
+        save_adapter(adapter, tmp_path / name / "adapter", base_fingerprint={"name": "x"}, metadata={})
+    assert tap_of_start(str(tmp_path / "plain")) == "mid_up2"
+    assert tap_of_start(str(tmp_path / "fused" / "adapter")) == "mid_up2-6-4"
 
 
 def test_another_tap_than_it_was_trained_with(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,8 @@ class DiscriminativeAdapter(nn.Module, PyTorchModelHubMixin, library_name="dpt-t
 
     @property
     def tap_text(self) -> str:
-        """The taps as `parse_taps` and `parse_fusion` read them: `bottom0_up1`, or `bottom0_up1-40-12` where fused."""
-        size = self.config.fusion_size
-        return "_".join(self.tap_channels) + (f"-{self.config.fusion_channels}-{size}" if size else "")
+        """Its taps as a config names them."""
+        return tap_text(self.tap_channels, self.config.fusion_channels, self.config.fusion_size)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What `save_pretrained` and `push_to_hub` write: an adapter folder, see `adapter.io`.
@@ -177,6 +176,11 @@ class DiscriminativeAdapter(nn.Module, PyTorchModelHubMixin, library_name="dpt-t
         # A 1x1 projection and an interpolation commute: projecting first interpolates the fewer channels.
         fused: Tensor = self.fusion_projection(torch.stack(_of_one_size(projected, self.config.fusion_size)).sum(dim=0))
         return fused
+
+
+def tap_text(names: Iterable[str], fusion_channels: int | None, fusion_size: int | None) -> str:
+    """The inverse of `parse_taps` and `parse_fusion`: `bottom0_up1`, or `bottom0_up1-40-12` where fused."""
+    return "_".join(names) + (f"-{fusion_channels}-{fusion_size}" if fusion_size else "")
 
 
 def _averaged(feature_map: Tensor, most: int | None) -> Tensor:

@@ -12,6 +12,7 @@ from dpt_t2i.config.sections import (
     ATLAS_ADAPTER,
     AdapterConfig,
     AtlasConfig,
+    BaseModelConfig,
     CorrectionConfig,
     DataConfig,
     DataFormat,
@@ -25,6 +26,7 @@ from dpt_t2i.config.sections import (
     SamplesConfig,
     SearchConfig,
     Section,
+    StoredModelConfig,
     TrainConfig,
     TrainDataConfig,
     TrainModelConfig,
@@ -214,7 +216,7 @@ class DemoConfig(Section):
 class ExportConfig(Section):
     """Write LoRA and adapter as the files that diffusers, ComfyUI and A1111 load."""
 
-    model: ModelConfig = ModelConfig()
+    model: StoredModelConfig = StoredModelConfig()
     format: Literal["diffusers", "kohya", "merged"] = Field(
         "diffusers",
         description="`diffusers`: pytorch_lora_weights.safetensors; `kohya`: for ComfyUI and A1111; "
@@ -265,7 +267,7 @@ class MineConfig(Section):
 class CacheConfig(Section):
     """Encode images and texts once for probe and tune; any number of processes may fill one cache."""
 
-    model: ModelConfig = ModelConfig()
+    model: BaseModelConfig = BaseModelConfig()
     data: TrainDataConfig = TrainDataConfig(cache_dir=Path("runs/cache"))
     block_size: Positive = Field(128, description="records that a process takes at once, and that share a file")
     vae_batch_size: Positive = Field(8, description="images in one pass of the VAE: memory only")

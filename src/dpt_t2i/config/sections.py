@@ -27,19 +27,39 @@ class Section(BaseModel):
         return cls()
 
 
-class ModelConfig(Section):
+class StoredBaseConfig(Section):
+    """A base model as files."""
+
     pretrained_model_name_or_path: str = Field("bundled", description="diffusers folder, hub id, or `bundled`")
     revision: str | None = Field(None, description="git revision of a hub model")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
+
+
+class BaseModelConfig(StoredBaseConfig):
+    """A base model on a device."""
+
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:1, mps; a bare number is that GPU, or `auto` where there is none"
+    )
+
+
+class LearnedConfig(Section):
+    """What was learned on a base model."""
+
     lora: str | None = Field(
         None, description="LoRA file or folder; `none` = plain base; default: what ships with the base"
     )
     adapter: str | None = Field(
         None, description="adapter or run folder; `none` = no adapter; default: what ships with the base"
     )
-    device: str = Field(
-        "auto", description="auto, cpu, cuda, cuda:1, mps; a bare number is that GPU, or `auto` where there is none"
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
+
+
+class StoredModelConfig(LearnedConfig, StoredBaseConfig):
+    """Base, LoRA and adapter as files."""
+
+
+class ModelConfig(LearnedConfig, BaseModelConfig):
+    """Base, LoRA and adapter on a device."""
 
 
 class TrainModelConfig(ModelConfig):
@@ -49,8 +69,10 @@ class TrainModelConfig(ModelConfig):
         description="start from this adapter (stage 2 needs that of stage 1): an adapter or run folder, or the "
         "pytorch_model.bin of the release",
     )
-    tap: str = Field(
-        "up1", description="block whose features are read; join several with `_`, or `all-<channels>-<size>`"
+    tap: str | None = Field(
+        None,
+        description="block whose features are read; join several with `_`, or `all-<channels>-<size>`; default: that "
+        "of the adapter to start from, else the paper's `up1`",
     )
 
 

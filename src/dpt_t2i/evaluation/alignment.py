@@ -27,7 +27,7 @@ from dpt_t2i.config import AlignmentConfig
 from dpt_t2i.evaluation.arm_images import borrow_images, jobs_of_arm, make_images
 from dpt_t2i.evaluation.arms import ARMS, PAIRS, Arm, Recipe, choose_arms, recipe_of
 from dpt_t2i.evaluation.image_grid import CANDIDATES, VERDICTS
-from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
+from dpt_t2i.evaluation.provenance import command_line, set_aside, versions, write_json, write_rows
 from dpt_t2i.evaluation.statistics import bootstrap_mean, category_means, improved, overall_mean, paired_difference
 from dpt_t2i.evaluation.suites import NumberedPrompt, open_suite
 from dpt_t2i.evaluation.verdicts import (
@@ -81,6 +81,7 @@ def run_arms(config: AlignmentConfig, open_model: OpenModel) -> dict[str, Any]:
         "command": command_line(),
         "versions": versions(),
     }
+    set_aside(config.model_dump(mode="json"), config.output_dir / "alignment.json")
     write_json(config.output_dir / "alignment.json", result)
     if config.suite.startswith("test_"):
         _log_test_run(config, result)

@@ -19,7 +19,7 @@ from dpt_t2i.evaluation.arms import check_weights
 from dpt_t2i.evaluation.examples import HeldOut, each_expression
 from dpt_t2i.evaluation.itm import itm_scores, itm_summary
 from dpt_t2i.evaluation.miner import miner_warnings
-from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
+from dpt_t2i.evaluation.provenance import command_line, set_aside, versions, write_json, write_rows
 from dpt_t2i.evaluation.rec import rec_oracle, rec_ranks, rec_summary
 from dpt_t2i.evaluation.seen import seen_warnings
 from dpt_t2i.sampling.annotate import annotate
@@ -38,15 +38,17 @@ def run_score(config: ScoreConfig, image: Path, prompt: str) -> dict[str, Any]:
     picture = open_image(image)
     judged = open_model(config.model).score(picture, prompt, config.score_timestep, config.score_draws, config.seed)
     annotated = config.output_dir / f"{image.stem}_annotated.png"
+    settings = config.model_dump(mode="json") | {"image": str(image), "prompt": prompt}
     result = {
         "prompt": prompt,
         "image": str(image),
         "score": judged.score,
         "phrases": [asdict(evidence) for evidence in judged.phrases],
         "annotated": str(annotated),
-        "settings": config.model_dump(mode="json"),
+        "settings": settings,
         "versions": versions(),
     }
+    set_aside(settings, config.output_dir / "score.json", annotated)
     write_json(config.output_dir / "score.json", result)
     annotate(picture, judged.marks()).save(annotated)
     lines = [f"score {judged.score:+.3f}  {prompt}"]
@@ -102,11 +104,13 @@ def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
             f"data set `{config.data.dataset}` has no hard negatives, nor captions that a rule of `dpt data perturb` "
             "knows; give records with `negatives`"
         )
-    write_rows(config.output_dir / "itm_scores.jsonl", (asdict(row) for row in rows))
+    result_file, rows_file = config.output_dir / "itm.json", config.output_dir / "itm_scores.jsonl"
+    set_aside(config.model_dump(mode="json"), result_file, rows_file)
+    write_rows(rows_file, (asdict(row) for row in rows))
     warnings = miner_warnings(Path(config.data.dataset), part_hashes(scorer.backbone.pipeline), "matching score")
     warnings += seen_warnings(config.data, scorer.adapter.origin)
     result = {"timesteps": summary, "warnings": warnings} | _origin(config, len({row.id for row in rows}))
-    write_json(config.output_dir / "itm.json", result)
+    write_json(result_file, result)
     return result | {"summary": [*_lines(summary, ("text", "image", "both")), *warnings]}
 
 
@@ -130,11 +134,13 @@ def run_rec(config: DiscriminationConfig) -> dict[str, Any]:
     if not rows:
         raise InputError(f"data set `{config.data.dataset}` has no expressions; give records with `expressions`")
     summary, oracle = rec_summary(rows), rec_summary(blind, at=(1,))
-    write_rows(config.output_dir / "rec_ranks.jsonl", (asdict(row) for row in rows))
+    result_file, rows_file = config.output_dir / "rec.json", config.output_dir / "rec_ranks.jsonl"
+    set_aside(config.model_dump(mode="json"), result_file, rows_file)
+    write_rows(rows_file, (asdict(row) for row in rows))
     warnings = seen_warnings(config.data, scorer.adapter.origin)
     result = {"timesteps": summary, "oracle": oracle, "warnings": warnings}
     result |= _origin(config, len({row.id for row in rows}))
-    write_json(config.output_dir / "rec.json", result)
+    write_json(result_file, result)
     lines = _lines(summary, ("precision@1", "precision@5", "precision@10"))
     lines += [f"oracle, {line}" for line in _lines(oracle, ("precision@1",))]
     return result | {"summary": [*lines, *warnings]}

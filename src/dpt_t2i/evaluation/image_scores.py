@@ -25,7 +25,7 @@ from dpt_t2i.config import ImageScoresConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.image_grid import ALL, Cell, Grid, open_grid, short_names
 from dpt_t2i.evaluation.miner import miner_warnings
-from dpt_t2i.evaluation.provenance import command_line, versions, write_json, write_rows
+from dpt_t2i.evaluation.provenance import command_line, set_aside, versions, write_json, write_rows
 from dpt_t2i.evaluation.statistics import bootstrap_mean, category_means, paired_difference
 from dpt_t2i.sampling.images import open_image
 from dpt_t2i.sampling.shares import gathered, processes, share_of
@@ -66,8 +66,10 @@ def run_image_scores(config: ImageScoresConfig) -> dict[str, Any]:
         "command": command_line(),
         "versions": versions(),
     }
-    write_rows(config.output_dir / "image_scores.jsonl", _rows(grid, scores))
-    write_json(config.output_dir / "image_scores.json", result)
+    result_file, rows_file = config.output_dir / "image_scores.json", config.output_dir / "image_scores.jsonl"
+    set_aside(config.model_dump(mode="json"), result_file, rows_file)
+    write_rows(rows_file, _rows(grid, scores))
+    write_json(result_file, result)
     return result | {"summary": [*_lines(result), *warnings]}
 
 

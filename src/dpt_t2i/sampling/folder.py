@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from accelerate import PartialState
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dpt_t2i.errors import InputError, Stopped
+from dpt_t2i.errors import InputError, Stopped, signal_of
 from dpt_t2i.files import in_one_move, write_text
 from dpt_t2i.sampling.contact_sheet import contact_sheet
 from dpt_t2i.sampling.generate import Generated, Job, check_text
@@ -44,7 +43,7 @@ def write_shared(
     An image depends on its prompt, seed and settings alone, so the number of processes changes nothing.
 
     Raises:
-        Stopped: Ctrl-C; what is finished stays.
+        Stopped: by Ctrl-C or SIGTERM; what is finished stays.
     """
     try:
         if state.num_processes > 1:
@@ -56,9 +55,10 @@ def write_shared(
                 write_image(folder, job, image, settings)
             state.wait_for_everyone()
         return write_generation(folder, jobs, make, settings, arm) if state.is_main_process else []
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        number = signal_of(interrupt)
         raise Stopped(
-            int(signal.SIGINT), f"stopped; the same command draws what is still missing in {folder}"
+            number, f"{number.name}: stopped; the same command draws what is still missing in {folder}"
         ) from None
 
 

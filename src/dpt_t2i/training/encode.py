@@ -120,9 +120,7 @@ class Encoder:
             if end < len(text.rstrip()) and text not in self.cut and len(self.cut) < KEPT:
                 self.cut[text] = text[end:].strip()
                 if len(self.cut) <= SHOWN:
-                    log.warning(
-                        "over the text encoder's %d tokens: cut is `%s` of `%s`", len(offsets), text[end:].strip(), text
-                    )
+                    log.warning("longer than the text encoder reads: cut is `%s` of `%s`", text[end:].strip(), text)
 
     def _latents(self, batch: Batch) -> Tensor:
         """Of all pictures that are there; a negative that does not exist costs no pass."""

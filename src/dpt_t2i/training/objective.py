@@ -126,19 +126,15 @@ class TuneObjective(nn.Module):
         plan, count = _Plan(batch), len(batch)
         by_text, by_image = compared(draw, self.denoise), preferred(draw, self.denoise)
         reference = reference_errors(self.backbone, batch, draw, self.denoise)
-        held = torch.full_like(by_text, self.teacher is not None)
-        whole = plan.is_of(OWN) | plan.is_of(HARD_CAPTION, by_text | held)
-        whole |= plan.is_of(RANDOM_CAPTION, held) | plan.is_of(HARD_IMAGE, by_text & batch.hard_pair | by_image)
-        twins = (by_text & batch.hard_pair).nonzero()[:, 0]
-        more = whole.nonzero()[count:, 0]
-        images, texts = plan.images[more], plan.texts[more]
-        images, texts = torch.cat([images, twins + count]), torch.cat([texts, batch.hard_caption[twins]])
+        whole = self._predicted(plan, by_text, by_text & batch.hard_pair | by_image)
+        more = whole.nonzero()[count:, 0]  # behind the positives, which `denoising` takes by itself
+        twins = (by_text & batch.hard_pair).nonzero()[:, 0]  # hard negatives under their own captions: not in the plan
+        images = torch.cat([plan.images[more], twins + count])
+        texts = torch.cat([plan.texts[more], batch.hard_caption[twins]])
         mse, seen = denoising(self.backbone, self.taps, batch, draw, self.denoise, self.cut, (images, texts))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.share > 0):
             others = _features(self.backbone, self.taps, batch, draw, plan.images[~whole], plan.texts[~whole])
-        read = _stack(rows_of(seen.features, slice(0, count + len(more))), others)
-        if not whole[: count + len(more)].all():  # back to the order of the plan
-            read = rows_of(read, torch.cat([whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]]).argsort())
+        read = _merged(rows_of(seen.features, slice(0, count + len(more))), others, whole)
         terms = discriminate((self.adapter,), _damped(read, self.share), plan, batch, num_boxes, self.loss)
         terms |= {"loss_mse": mse}
         blocks = torch.cat([plan.blocks[whole], torch.full_like(twins, TWIN)])
@@ -148,6 +144,13 @@ class TuneObjective(nn.Module):
             wanted = self.teacher(seen.noisy[rows], seen.timesteps[rows], batch.text.select(seen.texts[rows]))
             terms |= {"loss_distill": denoise_loss(seen.prediction[rows], wanted)}
         return terms
+
+    def _predicted(self, plan: _Plan, hard_captions: Tensor, hard_images: Tensor) -> Tensor:
+        """Rows of the plan (bool) that go through the whole denoiser: all positives, and negatives of those examples
+        `[B]` (bool) whose predictions are compared or held to the teacher's. The others end at the tap."""
+        held = torch.full_like(hard_captions, self.teacher is not None)
+        rows = plan.is_of(OWN) | plan.is_of(HARD_CAPTION, hard_captions | held)
+        return rows | plan.is_of(RANDOM_CAPTION, held) | plan.is_of(HARD_IMAGE, hard_images)
 
 
 class DenoiseObjective(nn.Module):
@@ -280,6 +283,10 @@ def _damped(features: Features, share: float) -> Features:
     return Features(maps, features.timesteps)
 
 
-def _stack(first: Features, second: Features) -> Features:
+def _merged(first: Features, second: Features, is_first: Tensor) -> Features:
+    """All rows of both; `is_first` (bool) says of each whose it is."""
     maps = {tap: torch.cat([first.maps[tap], second.maps[tap]]) for tap in first.maps}
-    return Features(maps, torch.cat([first.timesteps, second.timesteps]))
+    stacked = Features(maps, torch.cat([first.timesteps, second.timesteps]))
+    if bool(is_first[: len(first)].all()):
+        return stacked
+    return rows_of(stacked, torch.cat([is_first.nonzero()[:, 0], (~is_first).nonzero()[:, 0]]).argsort())

@@ -8,7 +8,7 @@ for the true picture to score higher still, which is noise that the method bears
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,29 +113,12 @@ def _replace_rows(batch: Batch, items: dict[int, Item]) -> Batch:
     rows = list(items)
     new = collate(list(items.values()))
 
-    def swap(old: Tensor, fresh: Tensor) -> Tensor:
-        return old.index_copy(0, torch.tensor(rows), fresh)
+    def mixed(name: str) -> Any:
+        old, fresh = getattr(batch, name), getattr(new, name)
+        if isinstance(old, Tensor):
+            return old.index_copy(0, torch.tensor(rows), fresh)
+        values = dict(enumerate(old)) | dict(zip(rows, fresh, strict=True))
+        return tuple(values.values())
 
-    def pick(old: tuple[Any, ...], fresh: tuple[Any, ...]) -> tuple[Any, ...]:
-        mixed = list(old)
-        for row, value in zip(rows, fresh, strict=True):
-            mixed[row] = value
-        return tuple(mixed)
-
-    return Batch(
-        images=swap(batch.images, new.images),
-        hard_images=swap(batch.hard_images, new.hard_images),
-        random_images=swap(batch.random_images, new.random_images),
-        captions=pick(batch.captions, new.captions),
-        hard_captions=pick(batch.hard_captions, new.hard_captions),
-        random_captions=pick(batch.random_captions, new.random_captions),
-        has_hard_image=swap(batch.has_hard_image, new.has_hard_image),
-        has_random_image=swap(batch.has_random_image, new.has_random_image),
-        has_hard_caption=swap(batch.has_hard_caption, new.has_hard_caption),
-        hard_pair=swap(batch.hard_pair, new.hard_pair),
-        expressions=pick(batch.expressions, new.expressions),
-        spans=pick(batch.spans, new.spans),
-        boxes=pick(batch.boxes, new.boxes),
-        records=pick(batch.records, new.records),
-        skipped=batch.skipped + new.skipped,
-    )
+    by_row: dict[str, Any] = {field.name: mixed(field.name) for field in fields(batch) if field.name != "skipped"}
+    return replace(batch, **by_row, skipped=batch.skipped + new.skipped)

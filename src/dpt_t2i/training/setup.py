@@ -33,7 +33,7 @@ from dpt_t2i.training.cached import open_cache
 from dpt_t2i.training.checkpoint import checkpoints
 from dpt_t2i.training.encode import Encoder
 from dpt_t2i.training.sharding import read_plugin, sharding_asked
-from dpt_t2i.training.start import restore_start
+from dpt_t2i.training.start import restore_start, tap_of_start
 from dpt_t2i.training.trackers import start_trackers, usable_tracker
 from dpt_t2i.training.validation import Validation
 
@@ -82,12 +82,14 @@ def set_up(config: StageConfig) -> Setup:
             "--resume_from_checkpoint latest, or give another --output_dir or --run_name"
         )
     accelerator = make_accelerator(config)
+    tap = config.model.tap or tap_of_start(config.model.adapter)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"tap": tap})})
     model, settings = config.model, config.train
     backbone = load_backbone(model.pretrained_model_name_or_path, model.revision, str(accelerator.device), model.dtype)
     backbone.keep_hashes()  # the base is frozen: one reading does for every checkpoint
     _prepare_denoiser(backbone, settings, accelerator)
     _check_timesteps(backbone, settings)
-    taps, fusion = backbone.parse_taps(model.tap), parse_fusion(model.tap)
+    taps, fusion = backbone.parse_taps(tap), parse_fusion(tap)
     restored, metadata = None, dict[str, Any]()
     if model.adapter not in (None, "none"):
         keep = config.folder / "start" / "grounding_text"
@@ -131,8 +133,9 @@ def set_up_each(config: ProbeConfig) -> dict[str, Setup]:
     Raises:
         InputError: see `set_up`; a fused tap, an adapter to start from, or a single adapter's run in the folder.
     """
-    if parse_fusion(config.model.tap) is not None:
-        raise InputError(f"taps `{config.model.tap}` fuses its blocks into one map; name them without sizes")
+    taps = config.atlas.taps or ""
+    if parse_fusion(taps) is not None:
+        raise InputError(f"taps `{taps}` fuses its blocks into one map; name them without sizes")
     if config.model.adapter not in (None, "none"):
         raise InputError("taps gives each tap a fresh adapter; leave adapter out, or give tap instead")
     joint = set_up(config)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.adapter.grounding_text import save_tuned_grounding_text
-from dpt_t2i.adapter.io import CONFIG, adapter_folder, load_adapter
-from dpt_t2i.adapter.model import DiscriminativeAdapter
+from dpt_t2i.adapter.io import CONFIG, adapter_folder, load_adapter, read_adapter_card
+from dpt_t2i.adapter.model import DiscriminativeAdapter, tap_text
 from dpt_t2i.adapter.official import adapter_from_official, sort_official
 from dpt_t2i.adapter.official_file import NAMES, read_official
 from dpt_t2i.backbones.fingerprint import tensors_hash
@@ -26,9 +26,22 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.training.official import text_width
 
 SOURCE = "source.txt"  # beside a kept caption encoder
+PAPERS_TAP = "up1"
 RELEASED_TEXT = "roberta-base"  # the caption encoder that the release reads expressions with
 
 log = logging.getLogger(__name__)
+
+
+def tap_of_start(source: str | None) -> str:
+    """The tap where the config names none: of our adapter to start from its own, else the paper's.
+
+    Raises:
+        InputError: `source` names no adapter.
+    """
+    if source in (None, "none") or _released_file(Path(source)) is not None:
+        return PAPERS_TAP
+    card = read_adapter_card(Path(source))
+    return tap_text(card["tap_channels"], card["adapter"].get("fusion_channels"), card["adapter"].get("fusion_size"))
 
 
 def restore_start(

@@ -171,7 +171,7 @@ def _put_lora(config: TuneConfig, setup: Setup) -> TuneConfig:
     Returns:
         The config, with the sizes that the LoRA to go on from brings along.
     """
-    config = config.model_copy(update={"adapter": setup.config.adapter})
+    config = config.model_copy(update={"adapter": setup.config.adapter, "model": setup.config.model})
     settings = config.lora
     setup.backbone.denoiser.requires_grad_(False)
     if config.model.lora in (None, "none"):
