@@ -36,6 +36,17 @@ def test_a_picture_is_turned_as_its_camera_was_held(tmp_path, orientation, size,
     for image in (record.load_image(), open_image(file), decode(file.read_bytes(), "phone.png")):
         assert image.size == size and image.getpixel((0, 0)) == corner
     assert record.image_size() == size, "told from the header alone"
+    tiff = phone(tmp_path / "phone.tiff", orientation)
+    assert read_picture(tiff, upright_size) == read_picture(tiff, as_rgb).size == size
+
+
+def test_a_damaged_file_of_a_rare_format_is_one_line(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Failed to decode image")  # what Pillow's AVIF says
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(InputError, match="cannot read image .*a.avif: Failed to decode image; replace or remove"):
+        read_picture(tmp_path / "a.avif", as_rgb)
 
 
 def test_boxes_in_a_picture_that_is_handed_over_are_in_its_own_pixels(tmp_path):

@@ -37,7 +37,8 @@ def as_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height that `as_rgb` gives, from the header alone."""
     width, height = image.size
-    return (height, width) if image.getexif().get(_ORIENTATION) in _LYING else (width, height)
+    lies = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _LYING  # Pillow has turned a TIFF's already
+    return (height, width) if lies else (width, height)
 
 
 def read_picture(
@@ -60,5 +61,5 @@ def read_picture(
             return read(image)
     except UnidentifiedImageError as error:  # whose own words may name an address in memory, another each time
         raise InputError(f"cannot read image {name}: cannot identify its format; {mend}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read image {name}: {error}; {mend}") from error

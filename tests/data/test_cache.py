@@ -11,11 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpt_t2i.data.cache import Cache, Spec, content_key, fill, pixels_key, text_key
+from dpt_t2i.data.cache import Cache, Spec, content_key, fill, pixels_key, record_key, text_key
+from dpt_t2i.data.shards import read_shards
 from dpt_t2i.data.transforms import to_pixels
 from dpt_t2i.errors import InputError
 from dpt_t2i.scenes.example import make_example
 from dpt_t2i.scenes.render import render
+from tests.data import writers
 
 SPEC = Spec("latents", "bundled", "abc", 64, "float32", "float32")
 FORK = multiprocessing.get_context("fork")
@@ -80,6 +82,17 @@ def test_what_the_dtype_cannot_hold_is_refused(tmp_path):
     with pytest.raises(InputError, match="beyond float16"):
         cache.write(BLOCKS[0], [text_key("x")], {"value": torch.tensor([[70000.0]])})
     assert not cache.has(BLOCKS[0])
+
+
+def test_a_record_key_follows_the_shard(tmp_path):
+    def first():
+        return record_key(next(read_shards([tmp_path / "train-0000.tar"])))
+
+    writers.write_shards(writers.scenes(2), tmp_path, shards=1)
+    before = first()
+    assert first() == before
+    os.utime(tmp_path / "train-0000.tar", ns=(1, 1))
+    assert first() != before
 
 
 def test_a_key_is_of_the_content():

@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from dpt_t2i.data.examples import Examples, MicroBatches, Part, View, collate
+from dpt_t2i.data.examples import Examples, MicroBatches, Part, View, collate, random_negative
 from dpt_t2i.data.records import Expression, Negative, Record
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.errors import InputError
+from tests.data import writers
 
 
 def flat(color: int) -> Image.Image:
@@ -185,3 +186,36 @@ def test_scene_boxes_enclose_the_named_thing():
     ground = np.median(image.reshape(-1, 3), axis=0)
     centre = image[int(y + h / 2), int(x + w / 2)]
     assert np.abs(centre - ground).max() > 40
+
+
+def test_a_random_negative_is_no_other_caption_of_the_record():
+    image = writers.scenes(1)[0].image
+    two = [
+        Record("0", "toy", image, ("a cup", "a red cup"), image_id="0"),
+        Record("1", "toy", image, ("a red cup", "a dog"), image_id="1"),
+        Record("2", "toy", image, ("a cat",), image_id="2"),
+    ]
+    drawn = [
+        random_negative(two, 0, caption, np.random.default_rng(n)) for n in range(50) for caption in two[0].captions
+    ]
+    assert {text for _, text in drawn} == {"a dog", "a cat"}
+    # "a red cup" is one of record 1's own, so its picture is no negative of that caption
+    with_it = [random_negative(two, 0, "a red cup", np.random.default_rng(n))[0].id for n in range(50)]
+    assert set(with_it) == {"2"}
+
+
+def test_a_random_negative_of_a_scene_is_false_both_ways():
+    scenes = SceneRecords("train", 300, 64, seed=3)
+    drawn = [(scenes[row], random_negative(scenes, row, "", np.random.default_rng(row))[0]) for row in range(300)]
+    assert not any(one.also_true(other) or other.also_true(one) for one, other in drawn)
+    blind = [(scenes[row], scenes[(row + 7) % 300]) for row in range(300)]
+    assert sum(one.also_true(other) for one, other in blind) > 5  # it is often true where nobody looks
+    assert all(scene.also_true(scene) for scene in scenes[:50])
+
+
+def test_with_a_hard_picture_the_first_caption_is_the_one_that_is_false_of_it():
+    image = writers.scenes(1)[0].image
+    pair = Record("0", "toy", image, ("a red cup", "a cup"), (), (Negative("a blue cup", "x"),), image, image_id="0")
+    other = Record("1", "toy", image, ("a dog",), image_id="1")
+    for view in (View(), View(alone=True)):
+        assert {Examples([pair, other], 64, view=view).item(epoch, 0).caption for epoch in range(20)} == {"a red cup"}

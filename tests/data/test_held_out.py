@@ -1,5 +1,6 @@
 """What is kept from training: pictures that are held out, and those of RefCOCO's validation and test."""
 
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -20,7 +21,7 @@ SPLITS = ("train", "val", "train", "testA", "testB", "train")  # the last scene 
 
 def open_ids(folder: Path, form: str, split: Any, **data: Any) -> list[str]:
     config = DataConfig(dataset=str(folder), data_format=form, **data)
-    return [record.image_id for record in open_records(config, split, 64)]
+    return [record.coco_id for record in open_records(config, split, 64)]
 
 
 def ids(*numbers: int) -> list[str]:
@@ -71,7 +72,7 @@ def test_hard_negative_pictures_of_the_release_are_left_out_too(tmp_path):
     plain = DataConfig(dataset=str(folder), data_format="hard_negatives", val_samples=1)
     assert len(open_records(plain, "train", 64)[0].more_negative_images) == 1
     first = open_records(plain.model_copy(update={"exclude_refs": (refs,)}), "train", 64)[0]
-    assert first.image_id == ids(0)[0] and first.more_negative_images == ()
+    assert first.coco_id == ids(0)[0] and first.more_negative_images == ()
     assert first.load_negative_image().tobytes() == scenes[0].load_negative_image().tobytes()
 
 
@@ -164,5 +165,51 @@ def test_a_part_that_is_named_and_not_there_is_one_line(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     assert len(open_records(DataConfig(dataset=str(tmp_path / "mine"), val_samples=2), "val", 64)) == 2
     assert "held out: the last 2 of 6 records; there is no part `val`" in caplog.text
-    with pytest.raises(InputError, match="mine has no folder `tset`; give another --val_split"):
+    with pytest.raises(InputError, match="mine has no part `tset`; give another --val_split"):
         open_records(DataConfig(dataset=str(tmp_path / "mine"), val_samples=2, val_split="tset"), "val", 64)
+
+
+def test_mined_negatives_show_nothing_that_is_held_out(tmp_path):
+    folder = tmp_path / "mine"
+    export_scenes(folder, n=6)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows[0]["negative_file"] = rows[5]["file_name"]  # which is held out
+    rows[1]["negatives"] = [{"caption": rows[5]["captions"][0], "rule": "mined"}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = open_records(DataConfig(dataset=str(folder), val_samples=1), "train", 64)
+    assert [record.negative_image is None for record in train] == [True, False, False, False, False]
+    assert (len(train[0].negatives), train[0].has_pair) == (1, False)
+    assert train[1].negatives == () and not train[1].has_pair and train[2].has_pair
+
+
+def test_ids_with_zeros_in_front_are_excluded_too(tmp_path):
+    scenes = writers.scenes(6)
+    refs = writers.write_refcoco(scenes, tmp_path / "ref", SPLITS) / "refs(unc).p"
+    export_scenes(tmp_path / "mine", n=6)
+    file = tmp_path / "mine" / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    told = [row | {"image_id": f"{int(ids(number)[0]):012d}"} for number, row in enumerate(rows)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in told))
+    config = DataConfig(dataset=str(tmp_path / "mine"), val_samples=1, exclude_refs=(refs,))
+    plain = {record.coco_id for record in open_records(config.model_copy(update={"exclude_refs": ()}), "train", 64)}
+    kept = {record.coco_id for record in open_records(config, "train", 64)}
+    assert (
+        plain - kept
+        == {identity for identity, split in zip(ids(*range(6)), SPLITS, strict=True) if split != "train"} & plain
+    )
+    assert plain - kept
+
+
+@pytest.mark.parametrize("form", ["coco", "mdetr", "hard_negatives", "webdataset"])
+def test_a_part_that_is_named_is_not_replaced_by_the_tail(tmp_path, form):
+    write = {"coco": writers.write_coco, "mdetr": writers.write_mdetr, "hard_negatives": writers.write_release_tsv}
+    folder = write.get(form, writers.write_shards)(writers.scenes(6), tmp_path)
+    assert open_ids(folder, form, "val", val_samples=2)
+    with pytest.raises(InputError, match="has no part `testA`; give another --val_split"):
+        open_ids(folder, form, "val", val_samples=2, val_split="testA")
+
+
+def test_a_folder_to_train_on_that_is_not_there_is_one_line(tmp_path):
+    export_scenes(tmp_path / "mine", n=6)
+    with pytest.raises(InputError, match="mine has no folder `trian`"):
+        open_records(DataConfig(dataset=str(tmp_path / "mine"), train_split="trian"), "train", 64)

@@ -135,3 +135,21 @@ def test_without_an_index_captions_draw_for_themselves():
     put_in = Counter(new.split()[1] for new in made.values())
     assert len(put_in) >= 6 and max(put_in.values()) < len(captions) / 3, put_in
     assert all(perturb(caption, rules=["replace_attribute"])[0].caption == new for caption, new in made.items())
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a dog to the left of another dog",
+        "One zebra standing behind another zebra",
+        "Two giraffes, one in front of the other",
+        "a red circle left of a red circle",
+        "man on the left",  # is said where there is another one on the right
+    ],
+)
+def test_a_relation_that_may_hold_both_ways_is_not_flipped(caption):
+    assert perturb(caption, rules=["flip_relation"]) == []
+
+
+def test_a_bare_side_is_flipped_beside_a_thing_of_another_kind():
+    assert ways("flip_relation", "a dog on the left and a cat") == {"a dog on the right and a cat"}

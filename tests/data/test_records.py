@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dpt_t2i.data.records import ImageSource, Record
+from dpt_t2i.data.index import RecordIndex
+from dpt_t2i.data.records import ImageSource, Record, check_inside
 from dpt_t2i.errors import InputError
 
 
@@ -68,3 +69,36 @@ def test_an_unreadable_file_is_named(tmp_path, damage):
     for load in (record(path).load_image, record(good, path).load_negative_image):
         with pytest.raises(InputError, match=r"cannot read image .*broken\.png: .*; replace or remove the file"):
             load()
+
+
+def test_boxes_of_an_image_of_another_size_are_refused(tmp_path):
+    path = painted(tmp_path / "a.png", "RGB", (1, 2, 3))  # 3 x 2
+    one = Record("1", "toy", path, ("x",), boxes_of=(2, 3))
+    one.require_inside((), (3, 2))
+    with pytest.raises(InputError, match=r"toy/1: its boxes were drawn in an image of 2 x 3 .* the file has 3 x 2"):
+        one.require_inside([(0, 0, 1, 1)], (3, 2))
+    assert RecordIndex([one])[0] == one
+
+
+@pytest.mark.parametrize("box", [(3, 0, 1, 1), (0, 2, 1, 1), (-0.5, 0, 0.5, 1)])
+def test_a_box_of_which_nothing_lies_inside_is_refused(box):
+    with pytest.raises(ValueError, match="lies outside the image of 3 x 2"):
+        check_inside([box], (3, 2))
+
+
+@pytest.mark.parametrize(
+    ("image", "image_id", "says"),
+    [
+        (Path("x/COCO_train2014_000000000009.jpg"), "", "9"),
+        (Path("x/000000000009.jpg"), "", "9"),
+        (Path("x/000000000009.jpg"), "7", "7"),
+        (Path("x/cat.jpg"), "", ""),
+    ],
+)
+def test_the_id_in_coco_is_as_told_or_as_the_name_looks(image, image_id, says):
+    assert Record("1", "toy", image, ("x",), image_id=image_id).coco_id == says
+
+
+def test_twelve_digits_alone_make_no_two_files_one_picture():
+    one, other = (Record("1", "toy", Path(folder) / "000000000001.jpg", ("x",)) for folder in ("clip1", "clip2"))
+    assert one.picture != other.picture and one.coco_id == other.coco_id

@@ -86,7 +86,7 @@ def test_the_release_gives_captions_and_both_kinds_of_negatives(
         assert found.captions == scene.captions and same_pixels(found, scene)
         assert found.negatives == tuple(Negative(n.caption, "mined") for n in scene.negatives)
         assert found.load_negative_image().tobytes() == scene.load_negative_image().tobytes()
-        assert found.image_id == str(writers.FIRST_ID + index)
+        assert found.coco_id == str(writers.FIRST_ID + index)
         assert scene.has_pair and not found.has_pair, "two lists, of which nobody says what belongs together"
 
 

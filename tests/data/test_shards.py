@@ -94,6 +94,17 @@ def test_a_stream_over_http_gives_what_the_files_give(tmp_path, server):
     assert "404" in faults.found[0].reason
 
 
+@pytest.mark.parametrize("read", [lambda a, b: read_shards([a, b]), lambda a, b: stream_shards([str(a), str(b)])])
+def test_shards_of_one_name_in_two_folders_are_two(tmp_path, picture, read):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    both = [shard(tmp_path / folder, {"0000.png": picture, "0000.txt": folder.encode()}) for folder in ("a", "b")]
+    assert both[0].name == both[1].name
+    records = list(read(*both))
+    assert [record.captions for record in records] == [("a",), ("b",)]
+    assert records[0].picture != records[1].picture
+
+
 def test_a_colon_in_a_name_parts_nothing(tmp_path, picture):
     members = {f"{folder}: x/1.{kind}": data for folder in "ab" for kind, data in (("png", picture), ("txt", b"a dot"))}
     path = shard(tmp_path, members)

@@ -116,6 +116,14 @@ def test_a_setting_that_the_format_does_not_read_is_refused(tmp_path, form, name
         open_records(config, "train", 16)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"exclude_refs": (Path("refs(unc).p"),)}, {"train_split": "trian"}, {"val_split": "testA"}]
+)
+def test_scenes_refuse_what_they_do_not_read(setting):
+    with pytest.raises(InputError, match=f"^{next(iter(setting))} is not read from data of format scenes"):
+        open_records(DataConfig(**setting), "val", 16)
+
+
 def test_drawn_scenes_are_said_to_be_what_is_trained_on(caplog):
     """Who forgets --dataset reads it before the hours, not after."""
     with caplog.at_level("INFO", "dpt_t2i"):

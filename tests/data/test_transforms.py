@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpt_t2i.data.transforms import fit, fit_square, nearest_bucket, to_pixels
+from dpt_t2i.data.transforms import fit, fit_square, names_a_side, nearest_bucket, to_pixels
 
 
 def painted(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Image:
@@ -86,3 +86,14 @@ def test_a_box_follows_its_pixels_into_a_bucket(bucket, box):
     cx, cy, w, h = boxes[0].tolist()
     assert (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2) == pytest.approx(want, abs=1.5 / 48)
     assert w * bucket[0] / (h * bucket[1]) == pytest.approx(box[2] / box[3], rel=0.03), "not squashed"
+
+
+def test_a_hairs_breadth_outside_changes_no_crop():
+    picture = painted(640, 480, (10, 0, 50, 480))
+    told, inside = (fit_square(picture, [(10.0, 0.0, 50.0, height)], 64) for height in (480.5, 480.0))
+    assert torch.equal(told[1], inside[1]) and told[0].tobytes() == inside[0].tobytes()
+
+
+@pytest.mark.parametrize("text", ["rigth man", "the lef one", "man on rhs", "letf side"])
+def test_a_side_that_is_mistyped_is_one(text):
+    assert names_a_side(text)

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpt_t2i.data.records import ImageSource, Record
+from dpt_t2i.data.records import ImageSource, Record, file_stamp
 from dpt_t2i.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -192,17 +192,18 @@ def text_key(text: str) -> Key:
 
 
 def record_key(record: Record) -> Key:
-    """Of a record without opening its images: of a file, its place, size and time of change stand for its content."""
+    """Of a record without opening its images: of a file, its place, size and time of change stand for its content; of a
+    picture in a shard those of the shard, of one in a data set of the hub that set's fingerprint."""
     files = tuple(map(_stamp, (record.image, record.negative_image, *record.more_negative_images)))
     texts = (record.captions, record.expressions, tuple(negative.caption for negative in record.negatives))
     return _digest(repr((record.source, record.id, files, texts)).encode())
 
 
-def _stamp(image: ImageSource | None) -> tuple[str, int, int] | None:
-    if not isinstance(image, Path):
-        return None
-    seen = image.stat()
-    return str(image.resolve()), seen.st_size, seen.st_mtime_ns
+def _stamp(image: ImageSource | None) -> tuple[object, ...] | None:
+    if isinstance(image, Path):
+        return file_stamp(image)
+    own = getattr(image, "stamp", None)  # a drawn picture has none, and is what its record's id says
+    return None if own is None else tuple(own())
 
 
 @contextmanager

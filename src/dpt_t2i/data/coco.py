@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpt_t2i.data.faults import Faults, sound
-from dpt_t2i.data.fields import existing, identity, read_box, read_json, table, text, whole
+from dpt_t2i.data.fields import existing, identity, image_identity, read_box, read_json, table, text, whole
 from dpt_t2i.data.records import Expression, Record, check_inside
 from dpt_t2i.errors import InputError
 
@@ -65,11 +65,13 @@ def read_coco(files: Sequence[Path], image_root: Path, faults: Faults | None = N
         names = ", ".join(map(str, files)) or "no file"
         raise InputError(f"COCO: no captions in {names}; give captions_*.json, beside it instances_*.json for boxes")
     expressions: dict[str, list[Expression]] = defaultdict(list)
+    sizes: dict[str, tuple[int, int]] = {}
     for file in opened:
         if not file.has_captions:
             for image, found in _unique_things(file, faults):
                 expressions[image].append(found)
-    yield from sound(_records(with_captions, expressions, image_root, faults), faults)
+                sizes[image] = image_size(file.images[image])
+    yield from sound(_records(with_captions, expressions, sizes, image_root, faults), faults)
 
 
 def captions_of(file: CocoFile, faults: Faults) -> dict[str, list[str]]:
@@ -109,8 +111,12 @@ def open_coco(path: Path, faults: Faults) -> CocoFile:
 
 
 def image_size(row: Row) -> tuple[int, int]:
-    """Width and height of an image's row, or ValueError."""
-    return whole(row["width"], "width"), whole(row["height"], "height")
+    """Width and height of an image's row, or ValueError. In MDETR's Flickr30k they are written as text."""
+    width, height = (
+        int(side) if isinstance(side, str) and side.isascii() and side.isdigit() else side
+        for side in (row["width"], row["height"])
+    )
+    return whole(width, "width"), whole(height, "height")
 
 
 def image_file(row: Row, root: Path) -> Path:
@@ -119,7 +125,11 @@ def image_file(row: Row, root: Path) -> Path:
 
 
 def _records(
-    files: Sequence[CocoFile], expressions: Mapping[str, Sequence[Expression]], root: Path, faults: Faults
+    files: Sequence[CocoFile],
+    expressions: Mapping[str, Sequence[Expression]],
+    sizes: Mapping[str, tuple[int, int]],
+    root: Path,
+    faults: Faults,
 ) -> Iterator[tuple[str, Record]]:
     for file in files:
         captions = captions_of(file, faults)
@@ -128,7 +138,8 @@ def _records(
             path = faults.attempt(where, image_file, row, root)
             if path is not None:
                 texts, things = tuple(captions.get(key, ())), tuple(expressions.get(key, ()))
-                yield where, Record(key, "coco", path, texts, things, image_id=key)
+                told, size = image_identity(key), sizes.get(key)
+                yield where, Record(key, "coco", path, texts, things, image_id=told, boxes_of=size)
 
 
 def _unique_things(file: CocoFile, faults: Faults) -> Iterator[tuple[str, Expression]]:

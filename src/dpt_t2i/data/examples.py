@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 Choice = TypeVar("Choice")
 MakeNegatives = Callable[[str], Sequence[Negative]]  # hard captions of a caption, made by rule; () where none applies
 PATIENCE = 3.0  # seconds in which several signals are one
-TRIES = 20  # draws for a random negative that shows another picture and has another caption
+TRIES = 20  # draws for a random negative that is false both ways
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class View:
         """
         record = records[row]
         caption = record.captions[int(rng.integers(len(record.captions)))]
+        if record.negative_image is not None:
+            caption = record.captions[0]  # of the others nobody says that they are false of that picture
         if self.alone:
             return self._picture(record, row, caption, rng, size)
         expression = _choose(record.expressions, rng)
@@ -283,12 +285,14 @@ def bear_a_signal(leaving: Any, _worker: int) -> None:
 
 
 def random_negative(records: Sequence[Record], row: int, caption: str, rng: np.random.Generator) -> tuple[Record, str]:
-    """A record of another picture than that of `row`, and with another caption if one is found in 20 draws.
+    """A record of another picture than that of `row`, and one of its captions; in 20 draws one is looked for whose
+    captions and those of `row` are not true of both pictures, as far as that is known.
 
     Raises:
         InputError: all records show one picture.
     """
-    count, own = len(records), records[row].picture
+    count, record = len(records), records[row]
+    own = record.picture
     found = None
     for _ in range(TRIES if count > 1 else 0):
         index = int(rng.integers(count - 1))
@@ -296,7 +300,7 @@ def random_negative(records: Sequence[Record], row: int, caption: str, rng: np.r
         if other.picture == own:
             continue
         found = other, other.captions[int(rng.integers(len(other.captions)))]
-        if found[1] != caption:
+        if found[1] not in record.captions and caption not in other.captions and not _share_a_caption(record, other):
             return found
     if found is not None:
         return found
@@ -305,6 +309,11 @@ def random_negative(records: Sequence[Record], row: int, caption: str, rng: np.r
         if other.picture != own:
             return other, other.captions[int(rng.integers(len(other.captions)))]
     raise InputError(f"all {count} records show the picture `{own}`: there is no random negative; give others")
+
+
+def _share_a_caption(one: Record, other: Record) -> bool:
+    """Whether the caption of one is known to be true of the other's picture too."""
+    return any(a.also_true is not None and a.also_true(b) for a, b in ((one, other), (other, one)))
 
 
 @dataclass(frozen=True)

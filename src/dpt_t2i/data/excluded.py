@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dpt_t2i.config import DataConfig
-from dpt_t2i.data.fields import coco_image_id
 from dpt_t2i.data.mdetr import pictures_of
-from dpt_t2i.data.records import ImageSource, Record
+from dpt_t2i.data.records import ImageSource, Record, coco_image_id
 from dpt_t2i.data.refcoco import HELD_OUT, held_out_images
 from dpt_t2i.errors import InputError
 
@@ -31,17 +30,25 @@ def excluded_pictures(config: DataConfig, own: Sequence[Path] = ()) -> set[str]:
     return excluded
 
 
-def without_images(record: Record, excluded: set[str]) -> Record:
-    """The record without the hard-negative images that show an excluded picture."""
+def without(record: Record, pictures: set[str], captions: Container[str] = ()) -> Record:
+    """The record without the hard-negative images that show one of `pictures` (COCO ids, or files as `Record.picture`
+    names them), and without the hard captions among `captions`."""
     sources = [image for image in (record.negative_image, *record.more_negative_images) if image is not None]
-    kept = [image for image in sources if not _shows(image, excluded)]
-    if len(kept) == len(sources):
+    kept = [image for image in sources if not _shows(image, pictures)]
+    negatives = tuple(negative for negative in record.negatives if negative.caption not in captions)
+    if len(kept) == len(sources) and len(negatives) == len(record.negatives):
         return record
-    return replace(record, negative_image=kept[0] if kept else None, more_negative_images=tuple(kept[1:]))
+    return replace(
+        record,
+        negatives=negatives,
+        negative_image=kept[0] if kept else None,
+        more_negative_images=tuple(kept[1:]),
+        paired=record.paired and kept[:1] == sources[:1] and negatives[:1] == record.negatives[:1],
+    )
 
 
-def _shows(image: ImageSource, excluded: set[str]) -> bool:
-    return isinstance(image, Path) and coco_image_id(image.name) in excluded
+def _shows(image: ImageSource, pictures: set[str]) -> bool:
+    return isinstance(image, Path) and (str(image) in pictures or coco_image_id(image.name) in pictures)
 
 
 def _is_pickle(path: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from dpt_t2i.data.records import Expression
 from dpt_t2i.errors import InputError
 
 Box = tuple[float, float, float, float]
-
-COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})(?:_\d+)?\.\w+")
 
 
 def read_json(path: Path, drop: str | None = None) -> Any:
@@ -83,6 +80,12 @@ def identity(value: Any, what: str) -> str:
     return text(value, what) if isinstance(value, str) else str(whole(value, what))
 
 
+def image_identity(value: Any) -> str:
+    """The id of an image in COCO, without the zeros of a file's name; or ValueError."""
+    told = identity(value, "image_id")
+    return str(int(told)) if told.isascii() and told.isdigit() else told
+
+
 def read_box(value: Any) -> Box:
     """xywh in pixels: four finite numbers, of which the last two are above 0; or ValueError."""
     numbers = listed(value, "bbox")
@@ -125,12 +128,6 @@ def existing(root: Path, name: str) -> Path:
         shown = str(path) if str(path).isprintable() else ascii(str(path))
         raise ValueError(f"{shown} does not exist")
     return path
-
-
-def coco_image_id(name: str) -> str:
-    """`9` of `COCO_train2014_000000000009.jpg` and of `000000000009.jpg`; "" for the names of others."""
-    match = COCO_NAME.fullmatch(name.rpartition("/")[2])
-    return str(int(match[1])) if match else ""
 
 
 def _without(key: str) -> Any:

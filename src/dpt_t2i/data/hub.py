@@ -33,6 +33,10 @@ class HubImage:
         except ValueError as error:
             raise InputError(f"row {self.row} of the data set: {error}; mend it, or use on_bad: skip") from error
 
+    def stamp(self) -> tuple[object, ...]:
+        """What stands for the content: the data set's own fingerprint."""
+        return getattr(self.dataset, "_fingerprint", ""), self.row
+
 
 def read_hub(
     name: str, split: str, *, streaming: bool = False, limit: int | None = None, faults: Faults | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpt_t2i.data.faults import Faults, sound
-from dpt_t2i.data.fields import coco_image_id, existing, identity, listed, read_expression, read_lines, table, text
+from dpt_t2i.data.fields import existing, image_identity, listed, read_expression, read_lines, table, text
 from dpt_t2i.data.records import ImageSource, Negative, Record
 from dpt_t2i.errors import InputError
 from dpt_t2i.files import write_text
@@ -96,7 +96,7 @@ def native_record(row: Mapping[str, Any], source: str, identity: str, image: Ima
         expressions=tuple(read_expression(entry) for entry in listed(row.get("expressions"), "expressions")),
         negatives=tuple(Negative(text(n["caption"], "caption"), text(n["rule"], "rule")) for n in negatives),
         negative_image=existing(root, text(negative, "negative_file")) if negative else None,
-        image_id=_image_id(row, identity),
+        image_id="" if row.get("image_id") is None else image_identity(row["image_id"]),
     )
 
 
@@ -112,8 +112,3 @@ def _record(folder: Path, line: bytes) -> Record:
     row = table(json.loads(line.decode("utf-8")))
     name = text(row["file_name"], "file_name")
     return native_record(row, folder.name, name, existing(folder, name), folder)
-
-
-def _image_id(row: Mapping[str, Any], name: str) -> str:
-    given = row.get("image_id")
-    return coco_image_id(name) if given is None else identity(given, "image_id")

@@ -54,10 +54,12 @@ class RecordIndex(Sequence[Record]):
             record.image_id,
             tuple(map(self._put, record.more_negative_images)),
             record.paired,
+            record.boxes_of,
         )
 
     def _unpack(self, row: tuple[Any, ...]) -> Record:
-        identity, source, image, captions, expressions, negatives, negative_image, image_id, more, paired = row
+        identity, source, image, captions, expressions, negatives, negative_image, image_id, *others = row
+        more, paired, boxes_of = others
         return Record(
             identity,
             source,
@@ -69,6 +71,7 @@ class RecordIndex(Sequence[Record]):
             image_id,
             tuple(map(self._get, more)),
             paired,
+            boxes_of,
         )
 
     def _put(self, image: ImageSource) -> str | int:

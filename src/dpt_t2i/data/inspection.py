@@ -17,7 +17,7 @@ from dpt_t2i.config import DataConfig, InspectConfig
 from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.imagefolder import misspelt_keys
 from dpt_t2i.data.index import RecordIndex
-from dpt_t2i.data.records import Record, check_inside
+from dpt_t2i.data.records import Record
 from dpt_t2i.data.scenes import SceneRecords
 from dpt_t2i.data.sheet import contact_sheet
 from dpt_t2i.data.sources import count, read_source, refuse_unread
@@ -91,7 +91,7 @@ def look(records: Sequence[Record]) -> Findings:
             pictures[content].setdefault(record.picture, name)
             for expression in record.expressions:
                 try:
-                    check_inside(expression.boxes, image.size)
+                    record.check_boxes(expression.boxes, image.size)
                 except ValueError as error:
                     findings.add("box outside", f"{name}: {error}")
                 if small := [list(box) for box in expression.boxes if max(box[2:]) <= 1]:

@@ -1,21 +1,24 @@
 """MDETR's JSON (Kamath et al., ICCV 2021): `finetune_refcoco_train.json` and kin, in COCO's layout.
 
-An image row is one caption of one picture (`original_id`), its annotations the boxes that `tokens_positive` of the
-caption name. Read as one record a picture, each caption an expression.
+An image row is one caption of one picture (`original_id`, in the Flickr30k file `original_img_id`), its annotations the
+boxes that `tokens_positive` of the caption name. Read as one record a picture, each caption an expression. The mixed
+file holds pictures of COCO and of Visual Genome, whose ids may be equal: a picture is its id and its file.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpt_t2i.data.coco import CocoFile, Row, captions_of, image_file, image_size, open_coco
 from dpt_t2i.data.faults import Faults, sound
-from dpt_t2i.data.fields import identity, listed, read_box, read_span, text
-from dpt_t2i.data.records import Expression, Record, check_inside
+from dpt_t2i.data.fields import identity, image_identity, listed, read_box, read_span, text
+from dpt_t2i.data.records import Expression, Record, check_inside, coco_image_id
 from dpt_t2i.errors import InputError
+
+_Picture = tuple[str, str]  # id and file name
 
 
 def read_mdetr(files: Sequence[Path], image_root: Path, faults: Faults | None = None) -> Iterator[Record]:
@@ -44,16 +47,16 @@ def read_mdetr(files: Sequence[Path], image_root: Path, faults: Faults | None = 
 
 
 def pictures_of(path: Path) -> set[str]:
-    """`original_id` of all pictures of a file: those that a validation or test file keeps from training.
+    """COCO's ids of all pictures of a file: those that a validation or test file keeps from training.
 
     Raises:
         InputError: the file, or the id of one of its images, cannot be read.
     """
     faults = Faults()
     found = {
-        faults.attempt(f"{path}, image {key}", _picture, row) for key, row in open_coco(path, faults).images.items()
+        faults.attempt(f"{path}, image {key}", _coco_id, row) for key, row in open_coco(path, faults).images.items()
     }
-    return {picture for picture in found if picture is not None}
+    return {picture for picture in found if picture}
 
 
 def _records(
@@ -63,9 +66,10 @@ def _records(
         things: dict[str, list[Row]] = defaultdict(list)
         for _, image, row in file.rows(faults):
             things[image].append(row)
-        texts: dict[str, list[str]] = defaultdict(list)
-        expressions: dict[str, list[Expression]] = defaultdict(list)
-        first: dict[str, Row] = {}
+        texts: dict[_Picture, list[str]] = defaultdict(list)
+        expressions: dict[_Picture, list[Expression]] = defaultdict(list)
+        sizes: dict[_Picture, tuple[int, int]] = {}
+        first: dict[_Picture, Row] = {}
         for key, row in file.images.items():
             found = faults.attempt(f"{file.path}, image {key}", _read, row, things.get(key, ()))
             if found is not None:
@@ -73,34 +77,42 @@ def _records(
                 first.setdefault(picture, row)
                 texts[picture].append(caption)
                 expressions[picture].extend(expression)
+                if expression:
+                    sizes[picture] = image_size(row)
+        shared = Counter(number for number, _ in first)
         for picture, row in first.items():
-            where = f"{file.path}, original_id {picture}"
+            number, name = picture
+            where = f"{file.path}, original_id {number}"
             path = faults.attempt(where, image_file, row, root)
             if path is not None:
-                own = tuple(captions.get(picture) or dict.fromkeys(texts[picture]))
-                source = row.get("dataset_name")
-                yield (
-                    where,
-                    Record(
-                        id=picture,
-                        source=source if isinstance(source, str) else file.path.stem,
-                        image=path,
-                        captions=own,
-                        expressions=tuple(expressions[picture]),
-                        image_id=picture,
-                    ),
+                in_coco, source = _coco_id(row), row.get("dataset_name")
+                own = captions.get(in_coco) or dict.fromkeys(texts[picture])
+                record = Record(
+                    id=number if shared[number] == 1 else name,
+                    source=source if isinstance(source, str) else file.path.stem,
+                    image=path,
+                    captions=tuple(own),
+                    expressions=tuple(expressions[picture]),
+                    image_id=in_coco,
+                    boxes_of=sizes.get(picture),
                 )
+                yield where, record
 
 
-def _read(row: Row, things: Sequence[Row]) -> tuple[str, str, list[Expression]]:
+def _read(row: Row, things: Sequence[Row]) -> tuple[_Picture, str, list[Expression]]:
     """Picture, caption, and the expression that it is, if it names boxes."""
     caption = text(row["caption"], "caption")
     if not caption.strip():
         raise ValueError("the caption is empty")
     boxes = tuple(read_box(thing["bbox"]) for thing in things)
-    check_inside(boxes, image_size(row))
+    if boxes:
+        check_inside(boxes, image_size(row))
     spans = tuple(_span(thing, caption) for thing in things)
-    return _picture(row), caption, [Expression(caption, spans, boxes)] if boxes else []
+    return (
+        (_picture(row), text(row["file_name"], "file_name")),
+        caption,
+        [Expression(caption, spans, boxes)] if boxes else [],
+    )
 
 
 def _span(thing: Row, caption: str) -> tuple[int, int]:
@@ -114,4 +126,11 @@ def _span(thing: Row, caption: str) -> tuple[int, int]:
 
 
 def _picture(row: Mapping[str, Any]) -> str:
-    return identity(row["original_id"] if "original_id" in row else row["id"], "original_id")
+    key = next(name for name in ("original_id", "original_img_id", "id") if name in row)
+    return identity(row[key], key)
+
+
+def _coco_id(row: Mapping[str, Any]) -> str:
+    """Of a picture of COCO; "" for one of Visual Genome or Flickr30k, whose ids are others."""
+    told, named = _picture(row), coco_image_id(text(row["file_name"], "file_name"))
+    return named or (image_identity(told) if row.get("data_source") == "coco" else "")

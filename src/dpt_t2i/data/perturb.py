@@ -198,11 +198,17 @@ def _swap_objects(s: Sentence) -> Iterator[str]:
 
 
 def _flip_relation(s: Sentence) -> Iterator[str]:
-    """`left of` -> `right of`, `on the table` -> `under the table`."""
+    """`left of` -> `right of`, `on the table` -> `under the table`.
+
+    Of two things of one kind the flipped relation is as true: "a dog left of another dog". And "the man on the left"
+    is said where there is another one on the right, so that a bare side needs a thing of another kind beside it.
+    """
     starts = {phrase.start: phrase for phrase in s.phrases}
     for at, word in enumerate(s.low):
         following = starts.get(at + 1)
         before_a_thing = following is not None and following.core > following.start
+        if _relates_alike(s, at):
+            continue
         if word in w.FLIPS:
             yield s.rewrite([(at, w.FLIPS[word])])
         elif word in w.BEFORE_A_THING and before_a_thing and (at == 0 or s.low[at - 1] != "all"):
@@ -213,6 +219,19 @@ def _flip_relation(s: Sentence) -> Iterator[str]:
             flipped = w.BY_KIND.get((word, w.NOUNS[following.noun].kind))
             if flipped:
                 yield s.rewrite([(at, flipped)])
+
+
+def _relates_alike(s: Sentence, at: int) -> bool:
+    """Whether what the token relates may well stand the other way round too."""
+    before = [phrase for phrase in s.phrases if phrase.end <= at]
+    after = next((phrase for phrase in s.phrases if phrase.start > at), None)
+    if s.low[at] in w.BARE_SIDES:
+        return len({phrase.head_groups for phrase in s.phrases}) < 2
+    if after is None or not before:
+        return False
+    if {"another", "other"} & {*after.leading, *after.words} or "other" in s.low[after.start : after.end + 1]:
+        return True
+    return any(phrase.head_groups & after.head_groups and phrase.says() == after.says() for phrase in before)
 
 
 def _change_count(s: Sentence) -> Iterator[str]:

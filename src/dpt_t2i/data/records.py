@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from dpt_t2i.pictures import as_rgb, read_picture, upright_size
 
 ImageSource = Path | Callable[[], Image.Image]
 
+COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})(?:_\d+)?\.\w+")
 SLACK = 1.0  # pixels that a box may stick out of its image: annotators' rounding
 
 
@@ -47,6 +49,8 @@ class Record:
     image_id: str = ""  # of the picture in COCO, where it comes from there: several records and data sets share it
     more_negative_images: tuple[ImageSource, ...] = ()  # mined ones; then no caption belongs to any of them
     paired: bool = True  # False: negatives[0].caption need not be true of negative_image either
+    boxes_of: tuple[int, int] | None = None  # width, height of the image that the boxes were drawn in, where told
+    also_true: Callable[[Record], bool] | None = None  # of another record's picture, captions[0]; None = not known
 
     def load_image(self) -> Image.Image:
         """The image in RGB; raises `InputError` naming the file if it is missing or broken."""
@@ -63,11 +67,21 @@ class Record:
         return load_picture((self.negative_image, *self.more_negative_images)[number])
 
     def require_inside(self, boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]) -> None:
-        """Refuse boxes that leave the opened image of `size`; raises `InputError` naming the record."""
+        """Refuse boxes that do not fit the opened image of `size`; raises `InputError` naming the record."""
         try:
-            check_inside(boxes, size)
+            self.check_boxes(boxes, size)
         except ValueError as error:
             raise InputError(f"{self.source}/{self.id}: {error}; mend it, or use on_bad: skip") from error
+
+    def check_boxes(self, boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]) -> None:
+        """Refuse boxes that leave an image of `size`, or were drawn in one of another size; raises `ValueError`."""
+        if boxes and self.boxes_of not in (None, size):
+            told = "{} x {}".format(*self.boxes_of)
+            raise ValueError(
+                f"its boxes were drawn in an image of {told} pixels, and the file has {size[0]} x {size[1]} (upright); "
+                "give the original file"
+            )
+        check_inside(boxes, size)
 
     @property
     def has_pair(self) -> bool:
@@ -81,15 +95,34 @@ class Record:
             return self.image_id
         return str(self.image) if isinstance(self.image, Path) else f"{self.source}/{self.id}"  # an id is its shard's
 
+    @property
+    def coco_id(self) -> str:
+        """Id of the picture in COCO: as told, else as the file's name looks; "" where neither tells."""
+        return self.image_id or coco_image_id(self.image.name if isinstance(self.image, Path) else self.id)
+
+
+def file_stamp(file: Path) -> tuple[str, int, int]:
+    """What stands for a file's content without reading it: its place, size and time of change."""
+    seen = file.stat()
+    return str(file.resolve()), seen.st_size, seen.st_mtime_ns
+
+
+def coco_image_id(name: str) -> str:
+    """`9` of `COCO_train2014_000000000009.jpg` and of `000000000009.jpg`; "" for the names of others."""
+    match = COCO_NAME.fullmatch(name.rpartition("/")[2])
+    return str(int(match[1])) if match else ""
+
 
 def check_inside(boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]) -> None:
-    """Refuse boxes (xywh in pixels) that leave an image of `size` (width, height) by more than a pixel.
+    """Refuse boxes (xywh in pixels) that leave an image of `size` (width, height) by more than a pixel, or of which
+    nothing lies inside.
 
     Raises:
         ValueError: names the box and the image's size.
     """
     for x, y, w, h in boxes:
-        if x < -SLACK or y < -SLACK or x + w > size[0] + SLACK or y + h > size[1] + SLACK:
+        leaves = x < -SLACK or y < -SLACK or x + w > size[0] + SLACK or y + h > size[1] + SLACK
+        if leaves or x >= size[0] or y >= size[1] or x + w <= 0 or y + h <= 0:
             raise ValueError(
                 f"box {[x, y, w, h]} lies outside the image of {size[0]} x {size[1]} pixels (boxes are x, y, width, "
                 "height in pixels)"

@@ -92,7 +92,8 @@ def _records(
         path = faults.attempt(where, image_file, instances.images[image], root)
         if path is not None:
             texts = tuple(captions.get(image) or dict.fromkeys(e.text for e in expressions))
-            yield where, Record(image, source, path, texts, tuple(expressions), image_id=image)
+            size = image_size(instances.images[image])
+            yield where, Record(image, source, path, texts, tuple(expressions), image_id=image, boxes_of=size)
 
 
 def _expressions(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpt_t2i.data.faults import Faults, sound
-from dpt_t2i.data.fields import coco_image_id, existing, listed, read_json, table, text, whole
+from dpt_t2i.data.fields import existing, listed, read_json, table, text, whole
 from dpt_t2i.data.records import Negative, Record
 from dpt_t2i.errors import InputError
 
@@ -54,7 +54,6 @@ def _record(row: Mapping[str, Any], key: str, source: str, root: Path) -> Record
         captions=(text(row["title"], "title"),),
         negatives=negatives,
         negative_image=images[0] if images else None,
-        image_id=coco_image_id(name),
         more_negative_images=tuple(images[1:]),
         paired=False,
     )

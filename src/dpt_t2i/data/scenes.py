@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from dpt_t2i.data.records import Expression, Negative, Record
-from dpt_t2i.scenes.example import Example, Split, make_example
+from dpt_t2i.scenes.example import Example, Split, make_example, true_of
+from dpt_t2i.scenes.facts import Fact
 from dpt_t2i.scenes.language import Category
 from dpt_t2i.scenes.render import render
 from dpt_t2i.scenes.world import Box
@@ -55,7 +56,12 @@ def scene_record(example: Example, identity: str, size: int) -> Record:
         ),
         negatives=(Negative(example.negative.caption.text, example.negative.rule),),
         negative_image=partial(render, example.negative.scene, size),
+        also_true=partial(_true_of_picture, example.caption.facts),
     )
+
+
+def _true_of_picture(facts: Sequence[Fact], other: Record) -> bool:
+    return isinstance(other.image, partial) and true_of(facts, other.image.args[0])
 
 
 def _pixels(box: Box, size: int) -> Box:

@@ -7,10 +7,12 @@ ranks or workers; a stream is read in order, its shards dealt out.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -25,7 +27,7 @@ from PIL import Image
 from dpt_t2i.data.faults import Faults, sound
 from dpt_t2i.data.fields import table
 from dpt_t2i.data.imagefolder import native_record
-from dpt_t2i.data.records import ImageSource, Record
+from dpt_t2i.data.records import ImageSource, Record, file_stamp
 from dpt_t2i.errors import InputError
 from dpt_t2i.pictures import as_rgb, read_picture
 
@@ -64,6 +66,10 @@ class TarImage:
             file.seek(self.offset)
             return file.read(self.size)
 
+    def stamp(self) -> tuple[object, ...]:
+        """See `file_stamp`."""
+        return (*file_stamp(Path(self.shard)), self.offset)
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
@@ -78,6 +84,10 @@ class EncodedImage:
 
     def read(self) -> bytes:
         return self.data
+
+    def stamp(self) -> tuple[object, ...]:
+        """Of the content itself."""
+        return (hashlib.sha256(self.data).hexdigest(),)
 
 
 def decode(data: bytes, name: str) -> Image.Image:
@@ -94,7 +104,8 @@ def read_shards(shards: Sequence[Path], faults: Faults | None = None) -> Iterato
     faults = faults or Faults()
     if not shards:
         raise InputError("no tar shard found; name them, or a folder that holds .tar files")
-    found = (pair for shard in shards for pair in _samples(shard.stem, str(shard), _indexed(shard, faults), faults))
+    labels = _labels([str(shard) for shard in shards])
+    found = (p for shard, label in zip(shards, labels, strict=True) for p in _samples(label, shard, faults))
     yield from sound(found, faults)
 
 
@@ -112,9 +123,16 @@ def stream_shards(
         shards: files, or http(s) addresses.
     """
     faults = faults or Faults()
-    for shard in shards[rank * workers + worker :: world * workers]:
-        stem = Path(urlparse(shard).path).stem
-        yield from sound(_samples(stem, shard, _streamed(shard, faults), faults), faults)
+    labelled = list(zip(shards, _labels(shards), strict=True))
+    for shard, label in labelled[rank * workers + worker :: world * workers]:
+        yield from sound(_samples(label, shard, faults), faults)
+
+
+def _labels(shards: Sequence[str]) -> list[str]:
+    """What the records of each shard are called after: its name, and its folder where two have one name."""
+    paths = [Path(urlparse(shard).path).with_suffix("") for shard in shards]
+    named = Counter(path.name for path in paths)
+    return [path.name if named[path.name] == 1 else str(path) for path in paths]
 
 
 def shard_names(pattern: str) -> list[str]:
@@ -162,9 +180,8 @@ def _open(shard: str) -> IO[bytes]:
     return open(shard, "rb")
 
 
-def _samples(
-    source: str, shard: str, members: Iterator[TarImage] | Iterator[EncodedImage], faults: Faults
-) -> Iterator[tuple[str, Record]]:
+def _samples(source: str, shard: Path | str, faults: Faults) -> Iterator[tuple[str, Record]]:
+    members = _indexed(shard, faults) if isinstance(shard, Path) else _streamed(shard, faults)
     for key, group in groupby(members, key=_stem):
         where = f"{shard}, sample {key}"
         parts = {_split(member.name)[1]: member for member in group}

@@ -11,7 +11,7 @@ from typing import Literal
 
 from dpt_t2i.config import DataConfig
 from dpt_t2i.data.coco import read_coco
-from dpt_t2i.data.excluded import excluded_pictures, without_images
+from dpt_t2i.data.excluded import excluded_pictures, without
 from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.hub import read_hub, split_names
 from dpt_t2i.data.imagefolder import each_record
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SCENES_TRAIN = 1_000_000  # drawn when asked for: the number only fixes the length of an epoch
 UNREAD = {  # settings that a format does not read
-    "scenes": ("image_root", "annotations", "val_annotations", "streaming"),
+    "scenes": ("image_root", "annotations", "val_annotations", "streaming", "exclude_refs"),
     "imagefolder": ("image_root", "annotations", "val_annotations", "streaming"),
     "huggingface": ("image_root", "annotations", "val_annotations"),
     "webdataset": ("image_root",),
@@ -76,7 +76,7 @@ def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[R
     records: Sequence[Record]
     if is_streamed(config):
         records = _of_stream(config, split, faults)
-    elif _has_own(config, "val"):
+    elif _has_own(config):
         records = RecordIndex(read_source(config, split, faults))
         if split == "train":
             records = _without_held_out(config, records)
@@ -99,6 +99,9 @@ def open_records(config: DataConfig, split: Side, resolution: int) -> Sequence[R
         else:
             seen = {record.picture for record in held}
             records = _keep(records[: -config.val_samples], lambda record: record.picture not in seen)
+            if any(record.negative_image is not None for record in records):  # mined ones may lie in the tail
+                texts = {caption for record in held for caption in record.captions}
+                records = RecordIndex(without(record, seen, texts) for record in records)
             records = _without_held_out(config, records)[: config.max_samples]
     if split == "val" and config.on_bad == "skip":
         records = _keep(records, lambda record: _is_usable(record, faults))
@@ -131,6 +134,8 @@ def read_source(config: DataConfig, side: Side, faults: Faults) -> Iterator[Reco
     split = config.val_split if side == "val" else config.train_split
     if form == "imagefolder":
         own = Path(config.dataset) / split
+        if not own.is_dir() and split not in (DataConfig().train_split, DataConfig().val_split):
+            raise InputError(f"{config.dataset} has no folder `{split}`; give another split, or the folder itself")
         yield from each_record(own if own.is_dir() else Path(config.dataset), faults)
         return
     if form == "huggingface":
@@ -168,6 +173,9 @@ def refuse_unread(config: DataConfig) -> None:
     """A setting that nothing would read is a mistake: mostly the format was not said. Raises `InputError`."""
     form = "scenes" if config.dataset == "scenes" and config.data_format == "auto" else _format(config)
     unread = [name for name in UNREAD[form] if getattr(config, name)]
+    if form == "scenes":
+        plain = DataConfig()
+        unread += [name for name in ("train_split", "val_split") if getattr(config, name) != getattr(plain, name)]
     if unread:
         raise InputError(
             f"{unread[0]} is not read from data of format {form}; leave it out, or say how "
@@ -187,22 +195,30 @@ def _format(config: DataConfig) -> str:
 
 def holds_out_tail(config: DataConfig) -> bool:
     """Whether the held-out records are the last `val_samples` of the source, which has no held-out part of its own."""
-    return config.dataset != "scenes" and not is_streamed(config) and not _has_own(config, "val")
+    return config.dataset != "scenes" and not is_streamed(config) and not _has_own(config)
 
 
-def _has_own(config: DataConfig, side: Side) -> bool:
-    """Whether the source has a held-out part of its own."""
+def _has_own(config: DataConfig) -> bool:
+    """Whether the source has a held-out part of its own.
+
+    Raises:
+        InputError: it has not, and one was named: the tail of what is trained on is no stand-in for that.
+    """
     form = _format(config)
+    found = _finds_part(config, form)
+    if not found and config.val_split != DataConfig().val_split:
+        raise InputError(f"{config.dataset} has no part `{config.val_split}`; give another --val_split")
+    return found
+
+
+def _finds_part(config: DataConfig, form: str) -> bool:
     if form == "huggingface":
         return config.val_split in split_names(config.dataset)
-    if form == "imagefolder":
-        found = (Path(config.dataset) / config.val_split).is_dir()
-        if not found and config.val_split != DataConfig().val_split:
-            raise InputError(f"{config.dataset} has no folder `{config.val_split}`; give another --val_split")
-        return found
     if form == "refcoco":
         return True  # one file holds all splits
-    return bool(annotation_files(config, form, config.val_split, side == "val"))
+    if form == "imagefolder":
+        return (Path(config.dataset) / config.val_split).is_dir()
+    return bool(annotation_files(config, form, config.val_split, True))
 
 
 def _without_held_out(config: DataConfig, records: Sequence[Record]) -> Sequence[Record]:
@@ -211,14 +227,14 @@ def _without_held_out(config: DataConfig, records: Sequence[Record]) -> Sequence
     own = annotation_files(config, form, config.train_split, False) if form == "refcoco" else ()
     excluded = excluded_pictures(config, own)
     if not excluded:
-        if form in ("coco", "hard_negatives", "mdetr") and any(record.image_id for record in records[:1]):
+        if form in ("coco", "hard_negatives", "mdetr") and any(record.coco_id for record in records[:1]):
             log.warning(
                 "nothing is left out of training: COCO's train2014 holds the pictures of RefCOCO's validation and "
                 "test; before measuring on those give --exclude_refs 'refs(unc).p' (and umd, google)"
             )
         return records
-    kept = _keep(records, lambda record: record.image_id not in excluded)
-    left = RecordIndex(without_images(record, excluded) for record in kept)
+    kept = _keep(records, lambda record: record.coco_id not in excluded)
+    left = RecordIndex(without(record, excluded) for record in kept)
     images = count(kept).negative_images - count(left).negative_images
     log.info(
         "%d of %d records and %d hard-negative images left out of training: they show images of RefCOCO's "
@@ -227,7 +243,7 @@ def _without_held_out(config: DataConfig, records: Sequence[Record]) -> Sequence
         len(records),
         images,
     )
-    if not any(record.image_id for record in records):
+    if not any(record.coco_id for record in records):
         raise InputError("exclude_refs: no record of the data set tells its COCO image id; give `image_id`s")
     return left
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dpt_t2i.config import TrainDataConfig
 from dpt_t2i.data.examples import Batch, Item, Part, View, loader_options, stand_in
-from dpt_t2i.data.excluded import excluded_pictures, without_images
+from dpt_t2i.data.excluded import excluded_pictures, without
 from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.layouts import streamed_shards
 from dpt_t2i.data.records import Record
@@ -106,12 +106,12 @@ class ShardStream:
         order = np.random.default_rng([self.seed, turn]).permutation(len(self.shards))
         left_out = 0
         for record in stream_shards([self.shards[i] for i in order], stream, streams, faults=faults):
-            if self.excluded and not record.image_id:
+            if self.excluded and not record.coco_id:
                 faults.report(f"{record.source}/{record.id}", "no `image_id`, which exclude_refs needs")
-            elif record.image_id in self.excluded:
+            elif record.coco_id in self.excluded:
                 left_out += 1
             else:
-                yield without_images(record, self.excluded)
+                yield without(record, self.excluded)
         if left_out:
             log.info("%d records left out of a pass: they show images of RefCOCO's validation and test", left_out)
 

@@ -19,8 +19,8 @@ Box = tuple[float, float, float, float]
 # A letter before or after is another word ("bright", "upright", "leftover"), but a place may stand before ("topleft").
 SIDES = re.compile(
     r"\b(?:(?:top|bottom|upper|lower|far|mid|middle|center|centre|front|back|rear|most)?"
-    r"(?:left|right)(?:(?:er)?most|hand(?:ed(?:ly|ness)?|er|ers)?|sides?|wards?|wardly|ie|ies|y|er|ers|est|s|ish|wise)?"
-    r"|(?:up|down)left|lft|rt|rgt|l|r|(?:north|south)?-?(?:east|west)(?:ern(?:most)?|erly|wards?)?|starboard|portside"
+    r"(?:left|right|lef|letf|rigth|rihgt)(?:(?:er)?most|hand(?:ed(?:ly|ness)?|er|ers)?|sides?|wards?|wardly|ie|ies|y|er|ers|est|s|ish|wise)?"
+    r"|(?:up|down)left|lft|rt|rgt|l|r|[lr]hs|(?:north|south)?-?(?:east|west)(?:ern(?:most)?|erly|wards?)?|starboard|portside"
     r"|(?:anti|counter|contra)?-?clockwise|o['’]?\s?clock)\b",
     re.IGNORECASE,
 )
@@ -48,6 +48,7 @@ def fit(
     Returns:
         The picture of that size, and the boxes `[n, 4]` cxcywh in [0, 1] of it.
     """
+    boxes = [_within(box, image.size) for box in boxes]
     window = _window(image.size, size, min)
     lowest, highest = (0.0, 0.0), (float(image.width - window[0]), float(image.height - window[1]))
     left, top = highest[0] / 2, highest[1] / 2
@@ -95,6 +96,15 @@ def to_pixels(image: Image.Image) -> Tensor:
     """RGB picture -> float32 `[3, H, W]` in [-1, 1]."""
     array = np.asarray(image.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(array.copy()).permute(2, 0, 1).div_(127.5).sub_(1.0).contiguous()
+
+
+def _within(box: Box, size: tuple[int, int]) -> Box:
+    """The part inside the image: annotators round, and a hair's breadth outside must not undo a crop."""
+    x, y, w, h = box
+    if x >= 0 and y >= 0 and x + w <= size[0] and y + h <= size[1]:
+        return box
+    left, top = min(max(x, 0.0), size[0]), min(max(y, 0.0), size[1])
+    return left, top, min(x + w, size[0]) - left, min(y + h, size[1]) - top
 
 
 def _window(image: tuple[int, int], size: tuple[int, int], choose: Callable[[float, float], float]) -> tuple[int, int]:

@@ -27,7 +27,10 @@ def render_grid(n: int, output: Path, seed: int = 0, size: int = 64, split: Spli
     for index, example in enumerate(examples):
         grid.paste(render(example.scene, size), ((index % columns) * (size + 2), (index // columns) * (size + 2)))
     output.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(output)
+    try:
+        grid.save(output)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--output {output}: {error}; give a .png, or fewer scenes") from error
     captions = [example.caption.text for example in examples]
     return {"output": str(output), "captions": captions, "summary": [*captions, f"grid: {output}"]}
 
