@@ -56,7 +56,7 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Work]
     return replace
 
 
-PROBE, TUNE = "dpt_t2i.report:probe", "dpt_t2i.training.tune:run_tune"
+PROBE, TUNE = "dpt_t2i.report:probe", "dpt_t2i.report:tune"
 GENERATE, SCORE = "dpt_t2i.sampling.commands:run_generate", "dpt_t2i.evaluation.commands:run_score"
 
 

@@ -305,7 +305,7 @@ def _root(
 
 command(app, "demo", settings.DemoConfig, "dpt_t2i.demo:run_demo")
 command(app, "probe", settings.ProbeConfig, "dpt_t2i.report:probe")
-command(app, "tune", settings.TuneConfig, "dpt_t2i.training.tune:run_tune")
+command(app, "tune", settings.TuneConfig, "dpt_t2i.report:tune")
 command(app, "generate", settings.GenerateConfig, "dpt_t2i.sampling.commands:run_generate")
 command(
     app,

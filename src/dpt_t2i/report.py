@@ -1,28 +1,40 @@
-"""Commands that end with a page to look at: the numbers of `evaluation`, shown by `publish`."""
+"""Commands that end with a page to look at or to publish: what `training` and `evaluation` give, shown by `publish`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from dpt_t2i.config import AlignmentConfig, ProbeConfig
+from accelerate import PartialState
+
+from dpt_t2i.config import AlignmentConfig, ProbeConfig, TuneConfig
 from dpt_t2i.evaluation.commands import run_alignment
 from dpt_t2i.publish.atlas import write_atlas_picture, write_atlas_report
+from dpt_t2i.publish.model_card import check_card_place, write_model_card
 from dpt_t2i.publish.report import write_report
 from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.trackers import METRICS
+from dpt_t2i.training.tune import run_tune
 
 
 def probe(config: ProbeConfig) -> dict[str, Any]:
-    """`dpt probe`: stage 1; an atlas of taps is also drawn, in `atlas.png` and `report.html` beside `atlas.json`."""
+    """`dpt probe`: stage 1, and the card of its run; of an atlas of taps its drawing instead, `atlas.png` and
+    `report.html` beside `atlas.json`."""
+    check_card_place(config.folder)
     result = run_probe(config)
     if "atlas" not in result:  # of several processes the first alone reports
-        return result
+        return result if config.atlas.taps else _with_card(result, config.folder)
     folder = config.folder
     picture = write_atlas_picture(folder / "atlas.png", result["atlas"])
     report = write_atlas_report(folder / "report.html", result["atlas"], folder / METRICS)
     lines = [*result["summary"], f"picture: {picture}", f"report: {report}"]
     return result | {"picture": str(picture), "report": str(report), "summary": lines}
+
+
+def tune(config: TuneConfig) -> dict[str, Any]:
+    """`dpt tune`: stage 2, and the card of its run."""
+    check_card_place(config.folder)
+    return _with_card(run_tune(config), config.folder)
 
 
 def evaluate_alignment(config: AlignmentConfig) -> dict[str, Any]:
@@ -36,6 +48,13 @@ def evaluate_alignment(config: AlignmentConfig) -> dict[str, Any]:
     folder = config.output_dir
     report = write_report(folder / "report.html", result, folder / "arms", _curves(config))
     return result | {"report": str(report), "summary": [*result["summary"], f"report: {report}"]}
+
+
+def _with_card(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The run's `README.md`, fit to be published with it; of several processes the first writes."""
+    if PartialState().is_main_process:
+        write_model_card(folder)
+    return result
 
 
 def _curves(config: AlignmentConfig) -> dict[str, Path]:

@@ -184,8 +184,11 @@ def test_missing_surplus_and_misshapen_tensors_are_named(folder: Path) -> None:
     [
         ("{", "not valid JSON"),
         ("[]", "`format_version` is missing"),
-        ({"adapter": {"hidden_dim": -1}}, "damaged"),
-        ({"tap_channels": "up1"}, "damaged"),
+        ({"adapter": {"hidden_dim": -1}}, "`adapter.hidden_dim`: .* greater than 0"),
+        ({"tap_channels": "up1"}, "`tap_channels` is no object"),
+        ({"base": None}, "`base` is no object"),
+        ({"adapter": {"hidden_dim": "wide"}}, "`adapter.hidden_dim`: .* valid integer.*; export the adapter again"),
+        ({"adapter": {"new_size": 3}}, "`adapter.new_size`: .*; it is of a newer version: upgrade dpt-t2i"),
         ({"format_version": 2}, "upgrade"),
     ],
 )

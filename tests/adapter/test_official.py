@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpt_t2i.adapter.model import module_name
 from dpt_t2i.adapter.official import adapter_from_official, adapter_state_from_official, sort_official
 from dpt_t2i.backbones.types import Features
 from dpt_t2i.errors import InputError
@@ -65,6 +66,11 @@ def test_several_taps_cut_the_projection() -> None:
     assert "projections.up0.bias" not in placed  # one projection has one bias
     notes = {row.key: row.note for row in table}
     assert notes["input_proj.weight"] == "projections.bottom0.weight, projections.up0.weight"
+
+
+def test_a_tap_by_its_path_is_placed_as_the_adapter_names_it() -> None:
+    adapter, _ = adapter_from_official(CHECKPOINT, {"up_blocks.1": 40}, num_heads=4)
+    assert list(adapter.projections) == [module_name("up_blocks.1")]
 
 
 def fused_checkpoint() -> dict[str, torch.Tensor]:

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from dpt_t2i.backbones.fingerprint import weights_hash
-from dpt_t2i.backbones.loading import FAMILIES, choose_artifacts, load_backbone, resolve_device, shipped_artifacts
+from dpt_t2i.backbones.loading import (
+    FAMILIES,
+    backbone_of,
+    choose_artifacts,
+    load_backbone,
+    resolve_device,
+    shipped_artifacts,
+)
 from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.errors import InputError
 from tests.families import save_pixart_sigma
@@ -233,7 +240,7 @@ def test_a_pointer_in_the_place_of_a_variant_that_is_not_read_is_no_fault(tmp_pa
     (tmp_path / "unet" / "diffusion_pytorch_model.non_ema.safetensors").write_text("version https://git-lfs")
     assert load_backbone(tmp_path, device="cpu").denoiser is not None
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs")
-    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is truncated"):
+    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is a pointer of git-lfs"):
         load_backbone(tmp_path, device="cpu")
 
 
@@ -243,3 +250,67 @@ def test_the_dtype_is_that_in_which_packed_weights_are_used():
     first = backbone.denoiser.conv_in
     first.weight = torch.nn.Parameter(first.weight.to(torch.uint8), requires_grad=False)
     assert next(backbone.denoiser.parameters()).dtype == torch.uint8 and backbone.dtype == torch.float32
+
+
+def change_unet(folder: Path, **entries: object) -> None:
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def test_a_denoiser_without_a_size_of_its_own_takes_the_pipelines(folder):
+    change_unet(folder, sample_size=None)
+    scale = load_backbone(folder, device="cpu").vae_scale
+    assert load_backbone(folder, device="cpu").image_size == (128 * scale, 128 * scale)
+
+
+def test_a_denoiser_distilled_with_guidance_is_refused(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.unet = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=8)
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match=r"distilled with the guidance scale as an input \(LCM, `time_cond_proj_dim`\)"
+    ):
+        load_backbone(tmp_path, device="cpu")
+
+
+def test_a_denoiser_of_more_channels_than_the_vae_gives_is_refused_from_a_folder_too(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.unet = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config, in_channels=9)
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="takes 9 channels and the VAE gives 4: .* cannot be judged by latents alone"):
+        load_backbone(tmp_path, device="cpu")
+
+
+def test_a_vae_without_a_posterior_is_refused():
+    pipeline = tiny_pipeline()
+    pipeline.vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="is a AutoencoderTiny, which gives no posterior"):
+        backbone_of(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", "is empty"), (b"version https://git-lfs.github", "pointer of git-lfs")]
+)
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_that_are_not_there_are_named(folder, content, says, suffix):
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.unlink()
+    name = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+    (folder / "text_encoder" / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"text_encoder.*{name} .*{says}.*; fetch it again"):
+        load_backbone(folder, device="cpu")
+
+
+def test_a_damaged_pickle_of_weights_is_one_line(folder):
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    (folder / "text_encoder" / "pytorch_model.bin").write_bytes(b"\x80\x02nothing")
+    with pytest.raises(InputError, match="damaged file of weights; fetch it again|does not load"):
+        load_backbone(folder, device="cpu")
+
+
+def test_an_unknown_dtype_names_the_known_ones(saved):
+    with pytest.raises(InputError, match="dtype `bf16` is unknown; give float32, bfloat16, float16"):
+        load_backbone(saved, device="cpu", dtype="bf16")

@@ -203,3 +203,54 @@ def test_a_pickle_and_a_broken_header_are_refused(tmp_path):
         save_file(pair(), tmp_path / "y.safetensors", metadata={"dpt": text})
         with pytest.raises(InputError, match="header entry `dpt` is no JSON"):
             read_lora(tmp_path / "y.safetensors", {"unet": attention()}, "tiny")
+
+
+def pefts_folder(folder: Path, config: dict[str, object]) -> Path:
+    key = f"base_model.model.{PATH}to_q"
+    save_file({f"{key}.lora_A.weight": DOWN, f"{key}.lora_B.weight": UP}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("config", "alpha"),
+    [
+        ({"r": 2, "lora_alpha": 16}, 16.0),
+        ({"r": 2, "lora_alpha": 16, "use_rslora": True}, 16 * math.sqrt(2)),
+        ({"r": 2, "lora_alpha": 16, "alpha_pattern": {"to_q": 3}}, 3.0),
+    ],
+)
+def test_pefts_own_folder_keeps_its_alpha(tmp_path, config, alpha):
+    layers = read_lora(pefts_folder(tmp_path, config), {"unet": attention()}, "tiny").layers
+    assert layers[f"unet.{PATH}to_q"].alpha == pytest.approx(alpha)
+
+
+def test_pefts_description_of_a_dora_or_nothing_is_refused(tmp_path):
+    with pytest.raises(InputError, match="adapter_config.json describes a DoRA"):
+        read_lora(pefts_folder(tmp_path, {"r": 2, "use_dora": True}), {"unet": attention()}, "tiny")
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match="adapter_config.json is no JSON"):
+        read_lora(tmp_path / "adapter_model.safetensors", {"unet": attention()}, "tiny")
+
+
+@pytest.mark.parametrize("key", ["x.diff", "x.diff_b", "x.hada_w1_a", "x.lokr_w1", "bundle_emb.0", "x.lora_mid.weight"])
+def test_what_a_converter_would_drop_is_refused_before_it_is_asked(tmp_path, key):
+    with pytest.raises(InputError, match=f"key `{key}` is of no plain LoRA"):
+        read(tmp_path, pair() | {key: DOWN}, convert=lambda _: pytest.fail("was asked"))
+
+
+def test_a_converter_that_understands_a_part_alone_is_not_believed(tmp_path):
+    mixed = {f"{name}.lora_{half}.weight": DOWN for name in ("diffusion_model.x", "y") for half in "AB"}
+    with pytest.raises(InputError, match="diffusers understands only 2 of its 4 matrices for `tiny`"):
+        read(tmp_path, mixed, convert=lambda _: pair())
+
+
+def test_two_loras_for_one_module_are_refused(tmp_path):
+    two = {f"unet.{PATH}to_q.lora_{half}.{name}.weight": DOWN if half == "A" else UP for half in "AB" for name in "ab"}
+    with pytest.raises(InputError, match="is a second down of `unet.*to_q`; give a file with one LoRA in it"):
+        read(tmp_path, two)
+
+
+def test_an_alpha_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(InputError, match="NaN or infinite"):
+        read(tmp_path, pair() | {f"unet.{PATH}to_q.alpha": torch.tensor(math.nan)})

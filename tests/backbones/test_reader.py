@@ -104,3 +104,13 @@ def test_a_module_outside_the_forward_pass_is_named():
     taps = [Tap("ghost", "unused", 1, 1)]
     with pytest.raises(InputError, match="ghost.*unused"):
         read_maps(model, taps, lambda: model[0](torch.zeros(1)), early_exit=True)
+
+
+def test_of_a_module_that_runs_several_times_the_first_is_read_in_either_pass():
+    backbone = tiny_backbone()
+    noisy, timesteps, text = inputs(backbone)
+    taps = (Tap("twice", "down_blocks.0.resnets.0.nonlinearity", 8, 1),)  # before either convolution
+    with torch.no_grad():
+        early = backbone.features(noisy, timesteps, text, taps).maps["twice"]
+        late = backbone.predict(noisy, timesteps, text, taps)[1].maps["twice"]
+    assert torch.equal(early, late)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
 from dpt_t2i.backbones.loading import load_backbone
-from dpt_t2i.backbones.lora import load_lora, save_lora
+from dpt_t2i.backbones.lora import load_lora, remove_lora, save_lora
 from dpt_t2i.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
@@ -204,3 +204,38 @@ def test_kohyas_convolutions_are_read_where_stock_diffusers_reads_them(backbone,
     found = backbone.denoiser.down_blocks[0].resnets[0].conv1
     assert torch.equal(found.lora_A["dpt"].weight, down) and torch.equal(found.lora_B["dpt"].weight, up)
     assert found.scaling["dpt"] == 0.5
+
+
+def test_a_lora_of_attention_and_convolutions_in_the_original_names_is_read_as_stock_reads_it(backbone, tmp_path):
+    """diffusers then names the attention's alphas after their halves."""
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    modules = {
+        "middle_block_1_transformer_blocks_0_attn1_to_q": f"{attention}.to_q",
+        "middle_block_1_transformer_blocks_0_attn1_to_out_0": f"{attention}.to_out.0",
+        "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+        "time_embed_0": "time_embedding.linear_1",
+    }
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for stem, name in modules.items():
+        wide = backbone.denoiser.get_submodule(name).weight.shape
+        shapes = {"down": (4, *wide[1:]), "up": (wide[0], 4, *[1] * (len(wide) - 2))}
+        tensors |= {
+            f"lora_unet_{stem}.lora_{half}.weight": torch.randn(shape, generator=generator) / 4
+            for half, shape in shapes.items()
+        }
+        tensors[f"lora_unet_{stem}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "locon.safetensors")
+    noisy = torch.randn(1, 4, 8, 8, generator=generator)
+    text, at = backbone.encode_text(PROMPTS[:1]), torch.tensor([500])
+
+    def predicted():
+        with torch.no_grad():
+            return backbone.predict(noisy, at, text)[0]
+
+    plain = predicted()
+    load_lora(backbone, tmp_path / "locon.safetensors")
+    ours = predicted()
+    remove_lora(backbone)
+    backbone.pipeline.load_lora_weights(tmp_path / "locon.safetensors")
+    torch.testing.assert_close(ours, predicted(), rtol=0, atol=1e-6)
+    assert float((ours - plain).abs().max()) > 1e-2

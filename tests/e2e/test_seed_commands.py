@@ -104,7 +104,7 @@ def test_stage_one_reads_each_flag(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_stage_two_reads_each_flag(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     line = flags(STAGE2, MODEL_NAME="CompVis/stable-diffusion-v1-4", CKPT_STAGE1="logs/dpt_stage1/checkpoint-60000")
-    config = parsed(monkeypatch, "dpt_t2i.training.tune:run_tune", "tune", *line)
+    config = parsed(monkeypatch, "dpt_t2i.report:tune", "tune", *line)
     assert (config.model.tap, config.model.adapter) == ("up1", "logs/dpt_stage1/checkpoint-60000")
     assert (config.lora.rank, config.denoise.mse_loss_coef) == (4, 1.0)
     assert config.data.center_crop and config.data.random_flip and config.data.dataloader_num_workers == 8

@@ -141,6 +141,8 @@ def test_a_run_is_exported_with_its_adapter_and_without_a_private_path(sd1: Fami
     run = tuned(sd1, tmp_path / "run")
     answer = export(sd1.base, run, tmp_path / "out", kind)
     assert answer["files"][1:] == ["adapter/model.safetensors", "adapter/config.json", "README.md"]
+    by_run = export(sd1.base, run, tmp_path / "by_run", kind, adapter=str(run))
+    assert by_run["files"] == answer["files"]
     everything = b"".join(file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
     assert b"secret" not in everything and str(tmp_path).encode() not in everything
     header = header_of(tmp_path / "out" / answer["files"][0])

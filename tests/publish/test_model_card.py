@@ -10,8 +10,19 @@ from torch import nn
 
 from dpt_t2i.config import ProbeConfig, TrainDataConfig, TrainModelConfig, TuneConfig, save_config
 from dpt_t2i.errors import InputError
+from dpt_t2i.publish import model_card
 from dpt_t2i.publish.base_model import BaseModel
 from dpt_t2i.publish.model_card import _correction_flags, write_export_card, write_model_card
+
+
+@pytest.fixture(autouse=True)
+def bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No base is read: a folder's name is its last part, as ever."""
+
+    def look(name: str, revision: str | None) -> BaseModel:
+        return base_model(Path(name).name if Path(name).exists() else name)
+
+    monkeypatch.setattr(model_card, "look_at_base", look)
 
 
 def card_of(run: Path, **measured: Any) -> tuple[dict[str, Any], str]:

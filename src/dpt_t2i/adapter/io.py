@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +28,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FORMAT_VERSION = 1
 OWN_GROUNDING_TEXT = "./grounding_text"  # `adapter.grounding_text` of an adapter that carries its own encoder
-PATTERNS = [WEIGHTS, CONFIG, "grounding_text/*"]  # of an adapter's files on the hub
+PATTERNS = [WEIGHTS, CONFIG, "grounding_text/*", "adapter/*"]  # of an adapter's files on the hub, also of an export
 
 
 def save_adapter(
@@ -95,7 +96,12 @@ def load_adapter(
                 card["pooled_dim"],
                 card["text_dim"],
             )
-    except (AttributeError, TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, surplus = ".".join(map(str, first["loc"])), first["type"] == "extra_forbidden"
+        mend = "it is of a newer version: upgrade dpt-t2i" if surplus else "export the adapter again"
+        raise InputError(f"{folder / CONFIG}: `adapter.{key}`: {first['msg']}; {mend}") from error
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f"{folder / CONFIG} is damaged: {str(error).splitlines()[0]}; export the adapter again"
         ) from error
@@ -136,6 +142,9 @@ def read_adapter_card(folder: Path) -> dict[str, Any]:
     missing = [key for key in needed if not isinstance(card, dict) or key not in card]
     if missing:
         raise InputError(f"{path} is not an adapter's config: `{missing[0]}` is missing")
+    for key in ("adapter", "tap_channels", "base", "metadata"):
+        if not isinstance(card[key], dict):
+            raise InputError(f"{path} is damaged: `{key}` is no object; export the adapter again")
     if card["format_version"] != FORMAT_VERSION:
         raise InputError(
             f"{path} has format {card['format_version']}, this version reads {FORMAT_VERSION}; upgrade dpt-t2i"

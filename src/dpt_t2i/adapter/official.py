@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpt_t2i.adapter.io import place_state
-from dpt_t2i.adapter.model import INITIAL_LOGIT_SCALE, DiscriminativeAdapter
+from dpt_t2i.adapter.model import INITIAL_LOGIT_SCALE, DiscriminativeAdapter, module_name
 from dpt_t2i.config import AdapterConfig
 from dpt_t2i.errors import InputError
 
@@ -172,7 +172,7 @@ def adapter_state_from_official(
 def _place(
     key: str, tensor: Tensor, tap_channels: Mapping[str, int], fusion: tuple[int, int] | None
 ) -> dict[str, Tensor]:
-    names = [f"projections.{tap}" for tap in tap_channels]
+    names = [f"projections.{module_name(tap)}" for tap in tap_channels]
     if found := re.fullmatch(r"fusion_proj\.(\d+)\.(weight|bias)", key):
         if fusion is None:
             raise InputError(f"released checkpoint: `{key}` is of a fused feature; name it: --tap all-CHANNELS-SIZE")

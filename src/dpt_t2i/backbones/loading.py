@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ SAMPLING = Path("dpt") / "sampling.json"  # of a base's folder: what its publish
 HUB_ID = re.compile(r"[\w\-]+(\.[\w\-]+)*/[\w\-.]+")
 CHECKERS = ("safety_checker", "feature_extractor")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LFS_POINTER = b"version https://git-lfs"
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _SHARD = r"(?:-\d{5}-of-\d{5})?"
 _VARIANT = re.compile(rf"[^.]+{_SHARD}\.(?P<variant>\w+){_SHARD}\.(?:safetensors|bin)")  # model.fp16.safetensors
@@ -54,17 +56,19 @@ def load_backbone(
         dtype: of the frozen weights; everything that the backbone returns is float32.
 
     Raises:
-        InputError: folder missing; a model file missing or truncated (names it); a family that is not supported; a
-            `dpt/sampling.json` that is not one.
+        InputError: folder missing; a model file missing or truncated (names it); a family, VAE, kind of denoiser or
+            dtype that is not supported; a `dpt/sampling.json` that is not one.
     """
     folder = base_folder(name_or_path, revision)
     family = str(_read_index(folder).get("_class_name"))
     if family not in FAMILIES:
         raise InputError(f"{folder}: pipeline class {family} is not supported; supported: {', '.join(FAMILIES)}")
     backbone, options = FAMILIES[family]
+    if dtype not in DTYPES:
+        raise InputError(f"dtype `{dtype}` is unknown; give {', '.join(DTYPES)}")
     published = _published_sampling(folder / SAMPLING)
     pipeline = read_pipeline(folder, family, DTYPES[dtype], options).to(resolve_device(device))
-    made = backbone(pipeline, _display_name(name_or_path))
+    made = _checked(backbone(pipeline, _display_name(name_or_path)))
     made.eta, made.guidance_interval = published.eta, (published.guidance_start, published.guidance_end)
     if published.guidance_scale is not None:
         made.guidance_scale = published.guidance_scale
@@ -85,12 +89,24 @@ def backbone_of(pipeline: Any) -> Backbone:
             "Inpaint and ControlNet kinds"
         )
     source = str(getattr(pipeline, "name_or_path", "") or "")
-    backbone = FAMILIES[family][0](pipeline, _display_name(source) if source else kind)
-    of_vae = pipeline.vae.config.latent_channels
-    if backbone.latent_channels != of_vae:
+    return _checked(FAMILIES[family][0](pipeline, _display_name(source) if source else kind))
+
+
+def _checked(backbone: Backbone) -> Backbone:
+    """Refuse what the families' own pipelines take and the method does not. Raises `InputError`."""
+    vae, name = backbone.pipeline.vae, backbone.name
+    if not hasattr(vae.config, "latent_channels") or not hasattr(vae, "quant_conv"):
+        raise InputError(f"the VAE of {name} is a {type(vae).__name__}, which gives no posterior; use an AutoencoderKL")
+    if backbone.latent_channels != vae.config.latent_channels:
         raise InputError(
-            f"the denoiser of {kind} takes {backbone.latent_channels} channels and the VAE gives {of_vae}: one that "
-            "was trained with a mask or a picture as input cannot be judged by latents alone"
+            f"the denoiser of {name} takes {backbone.latent_channels} channels and the VAE gives "
+            f"{vae.config.latent_channels}: one that was trained with a mask or a picture as input cannot be judged by "
+            "latents alone"
+        )
+    if getattr(backbone.denoiser, "config", {}).get("time_cond_proj_dim") is not None:
+        raise InputError(
+            f"the denoiser of {name} was distilled with the guidance scale as an input (LCM, `time_cond_proj_dim`), "
+            "which is not supported; use the model that it was distilled from"
         )
     return backbone
 
@@ -219,6 +235,8 @@ def read_pipeline(
             pipeline = getattr(diffusers, pipeline_class).from_pretrained(folder, **how)
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise InputError(f"base model {folder} does not load: {str(error).strip().splitlines()[0]}") from error
+        except (EOFError, UnpicklingError) as error:
+            raise InputError(f"base model {folder} has a damaged file of weights; fetch it again") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -331,6 +349,11 @@ def _check_tokenizer(part: Path) -> None:
 
 
 def _check_weights(file: Path) -> None:
+    with file.open("rb") as opened:
+        start = opened.read(len(LFS_POINTER))
+    if start in (b"", LFS_POINTER):
+        kind = "is empty" if not start else "is a pointer of git-lfs, not the weights (`git lfs pull` fetches them)"
+        raise InputError(f"base model file {file} {kind}; fetch it again")
     if file.suffix != ".safetensors":
         return
     try:

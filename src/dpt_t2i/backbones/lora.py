@@ -90,7 +90,8 @@ def remove_lora(backbone: Backbone) -> None:
     if not lora_parameters(backbone):
         return
     if peft_only.has_lora_methods(backbone.denoiser):
-        backbone.pipeline.unload_lora_weights()
+        denoiser: Any = backbone.denoiser
+        denoiser.unload_lora()  # the pipeline's own way would take a text encoder's LoRA off too
     else:
         peft_only.remove(backbone.denoiser)
 
@@ -253,6 +254,10 @@ def _config_of(layers: Mapping[str, LoraLayer]) -> LoraConfig:
     )
 
 
+# Of old attention processors diffusers names an alpha after the half: `...processor.to_q_lora.down.weight.alpha`.
+_ALPHA_END = re.compile(r"(?:_lora\.down\.weight)?\.alpha$")
+
+
 def diffusers_reader(pipeline: Any, denoiser: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
     """diffusers' own reading of foreign names (kohya's and others' for DiT families), None where a family has none.
 
@@ -268,7 +273,7 @@ def diffusers_reader(pipeline: Any, denoiser: Any) -> Callable[[dict[str, Tensor
     def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         answer = read(tensors, **how)
         state, alphas = answer if isinstance(answer, tuple) else (answer, None)
-        named = {f"{key.removesuffix('.alpha')}.alpha": torch.as_tensor(value) for key, value in (alphas or {}).items()}
+        named = {f"{_ALPHA_END.sub('', key)}.alpha": torch.as_tensor(value) for key, value in (alphas or {}).items()}
         return {**state, **named}
 
     return convert

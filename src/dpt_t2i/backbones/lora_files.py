@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ _KEY = re.compile(
     r"|[._]lora(?:_linear_layer)?[._](?P<half>down|up)\.weight"
     r"|\.(?P<alpha>alpha))"
 )
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NO_LORA = (".diff", ".diff_b", ".lora_mid.weight", ".w_norm", ".b_norm", ".lora_A.bias", ".lora_B.bias")
+NO_LORA_PARTS = ("hada_w", "hada_t", "lokr_", "bundle_emb", "oft_blocks", "oft_diag")
+_NO_PLAIN_LORA = "no plain LoRA; DoRA, LoHa, LoKr, changed weights and biases are not read"
 DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _PROCESSOR_LEAF = re.compile(r"(.+)\.(to_q|to_k|to_v|to_out)(\.0)?")
 _ATTENTION = re.compile(r"(down|up|mid)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.(.+)")
@@ -101,7 +106,7 @@ def read_lora(
     header = read_header(file)
     ours = our_header(header, file)
     what = f"LoRA {file}, made for base `{ours.get('base', {}).get('name', 'unknown')}`"
-    described = _json_entry(header, DIFFUSERS_HEADER_KEY, file)
+    described = _json_entry(header, DIFFUSERS_HEADER_KEY, file) or _pefts_description(file, parts)
     return LoraFile(file, layers_of(read_tensors(file), parts, what, base_name, described, convert), ours)
 
 
@@ -118,21 +123,23 @@ def layers_of(
     Args:
         what: names the LoRA in messages.
         described: diffusers' entry of the header; without it, and without alphas among the tensors, alpha is the rank.
+
+    Raises:
+        InputError: see `read_lora`.
     """
     names = _names_of(parts)
     for key in tensors:
         if key.endswith(DORA):  # diffusers' converters would drop its magnitudes
             raise InputError(f"{what}: `{key}` is of a DoRA, which scales weights too; give a plain LoRA")
+        if key.endswith(NO_LORA) or any(part in key for part in NO_LORA_PARTS):  # converters would drop some of them
+            raise InputError(f"{what}: key `{key}` is of {_NO_PLAIN_LORA}")
         if key.startswith(TEXT_ENCODER_PREFIXES):  # before a converter may leave it out
             raise InputError(
                 f"{what}: key `{key}` changes a text encoder, which stays frozen here; "
                 "give a LoRA of the denoiser alone"
             )
     if convert is not None and any(_owner(key) not in names for key in tensors):
-        try:
-            tensors = convert(dict(tensors))
-        except Exception as error:  # diffusers' converters raise whatever their string surgery happens to meet
-            raise InputError(f"{what}: its keys are unknown to `{base_name}` ({error})") from error
+        tensors = _converted(tensors, convert, what, base_name)
     found = _by_module(tensors, names, what, base_name)
     if not found:
         raise InputError(f"{what}: it holds no LoRA layer")
@@ -210,15 +217,60 @@ def _by_module(tensors: Tensors, names: Mapping[str, str], what: str, base_name:
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise InputError(f"{what}: key `{key}` is of no plain LoRA; DoRA, LoHa, LoKr and biases are not read")
+            raise InputError(f"{what}: key `{key}` is of {_NO_PLAIN_LORA}")
         if match["owner"] not in names:
             raise InputError(
                 f"{what}: key `{key}` is unknown to `{base_name}`; is it a LoRA of this family, or "
                 "of another base (--pretrained_model_name_or_path, --base)?"
             )
         half = match["half"] or match["alpha"] or {"A": "down", "B": "up"}[match["letter"]]
-        found.setdefault(names[match["owner"]], {})[half] = value
+        own = found.setdefault(names[match["owner"]], {})
+        if half in own:
+            raise InputError(
+                f"{what}: key `{key}` is a second {half} of `{names[match['owner']]}`; give a file with one LoRA in it"
+            )
+        own[half] = value
     return found
+
+
+def _converted(tensors: Tensors, convert: Callable[[dict[str, Tensor]], Tensors], what: str, base_name: str) -> Tensors:
+    """What `convert` makes of foreign names; fused projections come back as several layers, so never as fewer."""
+    try:
+        converted = convert(dict(tensors))
+    except Exception as error:  # diffusers' converters raise whatever their string surgery happens to meet
+        reason = textwrap.shorten(str(error), 160)
+        raise InputError(f"{what}: its keys are unknown to `{base_name}` ({reason})") from error
+    given, taken = _halves(tensors), _halves(converted)
+    if taken < given:
+        raise InputError(
+            f"{what}: diffusers understands only {taken} of its {given} matrices for `{base_name}`, as where a file "
+            "mixes two ways of naming; save it again in one"
+        )
+    return converted
+
+
+def _halves(tensors: Tensors) -> int:
+    return sum(value.ndim > 1 for value in tensors.values())
+
+
+def _pefts_description(file: Path, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """PEFT writes alpha and the like into `adapter_config.json` beside its file: the same as diffusers' entry.
+
+    Raises:
+        InputError: it is no JSON object, or describes a DoRA.
+    """
+    beside = file.with_name(PEFT_CONFIG)
+    if file.name != PEFT_FILE or not beside.is_file():
+        return {}
+    try:
+        told = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{beside} is no JSON ({error}); fetch it again") from error
+    if not isinstance(told, dict):
+        raise InputError(f"{beside} is no JSON object; fetch it again")
+    if told.get("use_dora"):
+        raise InputError(f"{beside} describes a DoRA, which scales weights too; give a plain LoRA")
+    return {f"{part}.{key}": value for part in parts for key, value in told.items()}
 
 
 def _layer(
@@ -245,9 +297,10 @@ def _layer(
         raise InputError(f"{what}: the halves of `{name}` have ranks {rank} and {up.shape[1]}; fetch it again")
     if told != rank:
         raise InputError(f"{what}: `{name}` has rank {rank}, its header says {told}; fetch it again")
-    if not all(math.isfinite(float(half.abs().max())) for half in (down, up)):
+    alpha = _alpha(given, module_name, settings, rank)
+    if not all(map(math.isfinite, (alpha, *(float(half.abs().max()) for half in (down, up))))):
         raise InputError(f"{what}, holds NaN or infinite values in `{name}`; take an earlier checkpoint")
-    return LoraLayer(down, up, _alpha(given, module_name, settings, rank))
+    return LoraLayer(down, up, alpha)
 
 
 def _alpha(given: Mapping[str, Tensor], module_name: str, settings: Mapping[str, Any], rank: int) -> float:

@@ -25,6 +25,8 @@ from dpt_t2i.backbones.taps import parse_taps, tap_of_output
 from dpt_t2i.backbones.types import Features, PipelineCall, Tap, TextStates
 from dpt_t2i.errors import InputError
 
+SAMPLE_SIZE = 128  # latent pixels a side where a denoiser's config names none: the pipelines' own default
+
 
 class PipelineParts(ABC):
     """VAE, noising, and reading of a pipeline whose modules are used in place: frozen, in eval mode, shared with it."""
@@ -101,7 +103,7 @@ class PipelineParts(ABC):
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained at."""
-        size = self.config["sample_size"]
+        size = self.config["sample_size"] or SAMPLE_SIZE
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.vae_scale, width * self.vae_scale
 

@@ -79,7 +79,7 @@ def _run_with_hooks(
 
     def keep(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            outputs[path] = output
+            outputs.setdefault(path, output)  # of a module that runs several times the first, as an early exit does
             if early_exit and len(outputs) == len(set(paths)):
                 raise _EverythingRead
 

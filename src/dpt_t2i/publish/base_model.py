@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from dpt_t2i.backbones.loading import base_folder, read_json
+from dpt_t2i.backbones.parts import SAMPLE_SIZE
 from dpt_t2i.errors import InputError
 
 DENOISERS = ("unet", "transformer")  # by which names diffusers' pipelines call theirs
-SAMPLE_SIZE = 128  # latent pixels, where a denoiser's config names none: the pipelines' own default
 
 
 @dataclass(frozen=True)

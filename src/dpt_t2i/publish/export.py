@@ -49,6 +49,8 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     if chosen is None:
         raise InputError(f"there is no LoRA to export: base `{base.name}` ships none; give --lora")
     if adapter is not None:
+        inner = adapter / "adapter"  # where a run folder has it
+        adapter = adapter if (adapter / ADAPTER_CONFIG).is_file() or not inner.is_dir() else inner
         _adapter_card(adapter)  # refused before anything is written
     lora = read_lora(
         lora_file(chosen),

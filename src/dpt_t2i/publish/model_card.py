@@ -18,7 +18,7 @@ from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.config import CorrectionConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.files import write_text
-from dpt_t2i.publish.base_model import BaseModel
+from dpt_t2i.publish.base_model import BaseModel, look_at_base
 from dpt_t2i.publish.privacy import public
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -73,19 +73,16 @@ def write_model_card(
         alignment, itm, rec: contents of the JSON files of the same names; what is missing is not mentioned.
 
     Raises:
-        InputError: the folder has no readable `config.yaml`.
+        InputError: the folder has no readable `config.yaml`, its base is not there, or a `README.md` of somebody else.
     """
+    check_card_place(run_folder)
     config = _read_config(run_folder / CONFIG)
-    base, files = _base_setting(config), _look(run_folder)
-    stage = _stage(config, "probe")
-    about = {
+    base = look_at_base(str(_leaf(config, "model.pretrained_model_name_or_path")), _leaf(config, "model.revision"))
+    files, stage = _look(run_folder), _stage(config, "probe")
+    about = _about_base(base) | {
         "title": run_folder.resolve().name,
-        "base": base if _is_hub_id(base) else Path(base).name,
-        "is_hub_id": _is_hub_id(base),
         "stage": stage,
         "license": None,
-        "diffusers_loads": True,
-        "dit": False,
         "all_settings": CONFIG,
         "files": replace(files, lora=stage != "probe", adapter="adapter" if stage in ("probe", "tune") else None),
     }
@@ -101,14 +98,10 @@ def write_export_card(
         config: of the run that made the LoRA, from its header; {} for a foreign file.
         measured: `alignment`, `itm`, `rec` as above.
     """
-    about = {
+    about = _about_base(base) | {
         "title": title,
-        "base": base.name,
-        "is_hub_id": _is_hub_id(base.name),
         "stage": _stage(config, "foreign"),
         "license": license_,
-        "diffusers_loads": hasattr(base.lora_reader(), "load_lora_weights"),
-        "dit": base.denoiser_key != "unet",
         "all_settings": None,
         "files": _look(folder),
     }
@@ -200,8 +193,13 @@ def _leaf(config: Mapping[str, Any], key: str) -> Any:
     return node
 
 
-def _base_setting(config: Mapping[str, Any]) -> str:
-    return str(config["model"].get("pretrained_model_name_or_path", "bundled"))
+def _about_base(base: BaseModel) -> dict[str, Any]:
+    return {
+        "base": base.name,
+        "is_hub_id": _is_hub_id(base.name),
+        "diffusers_loads": hasattr(base.lora_reader(), "load_lora_weights"),
+        "dit": base.denoiser_key != "unet",
+    }
 
 
 def _is_hub_id(name: str) -> bool:
