@@ -7,7 +7,6 @@ keeps for the way back. Rough it stays: kernels need working memory too, hence t
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import psutil
@@ -19,6 +18,7 @@ from dpt_t2i.backbones.loading import choose_artifacts, load_backbone, resolve_d
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import DoctorConfig, ModelConfig
 from dpt_t2i.errors import InputError
+from dpt_t2i.versions import installed
 
 STACK = ("dpt-t2i", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic", "typer")
 OPTIONAL = ("gradio", "datasets", "tensorboard", "trackio", "wandb")
@@ -44,7 +44,7 @@ def run_doctor(config: DoctorConfig | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": {name: _version(name) for name in (*STACK, *OPTIONAL)},
+        "versions": {name: installed(name) for name in (*STACK, *OPTIONAL)},
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "memory": {"free_gib": round(free / GIB, 2), "total_gib": round(total / GIB, 2)},
@@ -142,13 +142,6 @@ def _memory(device: torch.device) -> tuple[int, int]:
         return torch.cuda.mem_get_info(device)
     machine = psutil.virtual_memory()
     return machine.available, machine.total
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _summary(result: dict[str, Any]) -> list[str]:

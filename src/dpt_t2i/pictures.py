@@ -17,6 +17,15 @@ _ORIENTATION = 0x0112  # EXIF
 _LYING = (5, 6, 7, 8)  # its values that exchange width and height
 
 
+# Told apart by eyes with any colour vision (Okabe and Ito); used in turn.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+def printable(text: str) -> str:
+    """As Pillow's built-in font can write it, which may know Latin letters only."""
+    return text.encode("latin-1", "replace").decode("latin-1")
+
+
 def as_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
     """A picture in RGB; 16 bits a pixel are scaled to 8, transparency is dropped.
 

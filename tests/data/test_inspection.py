@@ -12,8 +12,9 @@ from dpt_t2i import cli
 from dpt_t2i.config import InspectConfig
 from dpt_t2i.data.inspection import look, run_inspect
 from dpt_t2i.data.records import Expression, Negative, Record
-from dpt_t2i.data.sheet import COLORS, GAP, contact_sheet
+from dpt_t2i.data.sheet import GAP, contact_sheet
 from dpt_t2i.errors import InputError
+from dpt_t2i.pictures import PALETTE
 
 
 def flat(color: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
@@ -124,7 +125,7 @@ def test_a_box_is_drawn_where_its_thing_is() -> None:
     sheet = np.asarray(
         contact_sheet([record(0, image=lambda: flat(255, (50, 50)), expressions=(dot("dot", (10, 20, 20, 10)),))], 100)
     )
-    blue = tuple(int(COLORS[0][i : i + 2], 16) for i in (1, 3, 5))
+    blue = tuple(int(PALETTE[0][i : i + 2], 16) for i in (1, 3, 5))
     picture = sheet[GAP : GAP + 100, GAP : GAP + 100]
     ys, xs = np.nonzero((picture == blue).all(axis=-1))
     assert (xs.min(), xs.max(), ys.min(), ys.max()) == (20, 60, 40, 60)  # twice as large

@@ -2,7 +2,8 @@
 
 from PIL import Image
 
-from dpt_t2i.sampling.annotate import COLORS, RIGHT, WRONG, Mark, annotate
+from dpt_t2i.pictures import PALETTE
+from dpt_t2i.sampling.annotate import RIGHT, WRONG, Mark, annotate
 
 
 def rgb(color: str) -> tuple[int, ...]:
@@ -22,11 +23,11 @@ def test_a_small_picture_grows_by_whole_pixels() -> None:
 def test_boxes_are_drawn_at_their_edges_in_turn_of_colours() -> None:
     drawn = annotate(Image.new("RGB", (64, 64)), [Mark((8, 32, 24, 56), "a"), Mark((40, 32, 56, 56), "b")], side=512)
     for index, left in enumerate((8, 40)):
-        assert drawn.getpixel((left * 8, 400)) == rgb(COLORS[index])
-        assert drawn.getpixel(((left + 16) * 8, 400)) == rgb(COLORS[index])
+        assert drawn.getpixel((left * 8, 400)) == rgb(PALETTE[index])
+        assert drawn.getpixel(((left + 16) * 8, 400)) == rgb(PALETTE[index])
         assert drawn.getpixel((left * 8 + 64, 400)) == (0, 0, 0)  # inside: nothing
     label = [drawn.getpixel((x, 32 * 8 - 8)) for x in range(8 * 8, 8 * 8 + 16)]
-    assert rgb(COLORS[0]) in label  # above the box
+    assert rgb(PALETTE[0]) in label  # above the box
 
 
 def test_boxes_and_labels_stay_on_the_picture() -> None:
@@ -36,7 +37,7 @@ def test_boxes_and_labels_stay_on_the_picture() -> None:
         [Mark((-20, -9, 90, 70), "a very long label, longer than it"), Mark((60, 60, 50, 50), "x")],
     )
     assert drawn.size == plain.size
-    assert drawn.getpixel((0, 300)) == drawn.getpixel((511, 300)) == rgb(COLORS[0])
+    assert drawn.getpixel((0, 300)) == drawn.getpixel((511, 300)) == rgb(PALETTE[0])
 
 
 def test_the_verdict_is_a_frame() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from dpt_t2i.backbones.fingerprint import check_fingerprint
 from dpt_t2i.config import AdapterConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.files import in_one_move
+from dpt_t2i.versions import told
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -62,7 +62,7 @@ def save_adapter(
         "pooled_dim": adapter.pooled_dim,
         "text_dim": adapter.text_dim,
         "base": adapter.origin.base,
-        "versions": {"dpt_t2i": _package_version(), "torch": torch.__version__},
+        "versions": {"dpt_t2i": told("dpt-t2i")["dpt-t2i"], "torch": torch.__version__},
         "metadata": adapter.origin.metadata,
     }
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
@@ -212,10 +212,3 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged ({error}); copy or export it again") from error
-
-
-def _package_version() -> str:
-    try:
-        return importlib.metadata.version("dpt-t2i")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"

@@ -12,7 +12,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +37,7 @@ from dpt_t2i.backbones.lora_linear import as_one_function
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.errors import InputError
 from dpt_t2i.files import in_one_move
+from dpt_t2i.versions import told
 
 # Of every attention, self and cross, as in the release; those of the text stream in an MMDiT, as diffusers' scripts.
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -140,9 +140,7 @@ def save_lora(backbone: Backbone, folder: Path, metadata: Mapping[str, Any]) -> 
     ours = {
         "config": dict(metadata),
         "base": backbone.fingerprint(),
-        "versions": {
-            package: version(package) for package in ("dpt-t2i", "diffusers", "peft", "torch", "transformers")
-        },
+        "versions": told("dpt-t2i", "diffusers", "peft", "torch", "transformers"),
     }
     header = {
         "format": "pt",

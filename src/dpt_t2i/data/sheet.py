@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from dpt_t2i.data.records import Record
+from dpt_t2i.pictures import PALETTE, printable
 
 # Told apart by eyes with any colour vision (Okabe and Ito); used in turn.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 COLUMNS = 6
 LINE = 14  # pixels of a line of text
 LINES = 8  # lines below a picture: caption, then expressions
@@ -46,7 +46,7 @@ def _cell(record: Record, side: int) -> Image.Image:
     drawn: Counter[tuple[float, ...]] = Counter()
     for number, expression in enumerate(record.expressions):
         for box in expression.boxes:
-            _draw_box(draw, box, scale, drawn[box], COLORS[number % len(COLORS)], side)
+            _draw_box(draw, box, scale, drawn[box], PALETTE[number % len(PALETTE)], side)
             drawn[box] += 1
     _write(draw, record, side)
     return cell
@@ -66,14 +66,9 @@ def _write(draw: ImageDraw.ImageDraw, record: Record, side: int) -> None:
     wide = max(8, int(side / 5.6))  # characters in a line
     lines = [(line, "black") for line in textwrap.wrap(record.captions[0], wide, max_lines=3, placeholder=" ...")]
     for number, expression in enumerate(record.expressions):
-        color = COLORS[number % len(COLORS)]
+        color = PALETTE[number % len(PALETTE)]
         lines.extend((line, color) for line in textwrap.wrap(expression.text, wide, max_lines=2, placeholder=" ..."))
     if len(lines) > LINES:
         lines = [*lines[: LINES - 1], (f"... {len(record.expressions)} expressions in all", "black")]
     for row, (line, color) in enumerate(lines):
-        draw.text((1, side + row * LINE), _printable(line), fill=color, font=font)
-
-
-def _printable(text: str) -> str:
-    """Pillow's built-in font knows Latin letters only."""
-    return text.encode("latin-1", "replace").decode("latin-1")
+        draw.text((1, side + row * LINE), printable(line), fill=color, font=font)

@@ -8,12 +8,12 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from dpt_t2i.files import write_text
+from dpt_t2i.versions import told
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ STACK = ("dpt-t2i", "torch", "diffusers", "transformers", "peft")
 
 def versions() -> dict[str, str]:
     """Of the packages that decide a number."""
-    return {name: _version(name) for name in STACK}
+    return told(*STACK)
 
 
 def command_line() -> str:
@@ -48,7 +48,7 @@ def set_aside(settings: Mapping[str, Any], *files: Path) -> None:
         settings: of the result that is about to be written, as it will stand under `settings`.
         files: of a result, all in one folder; the first is the JSON file that holds the settings.
     """
-    if not files[0].is_file() or _told(files[0], settings) == _comparable(settings):
+    if not files[0].is_file() or _settings_in(files[0], settings) == _comparable(settings):
         return
     number = next(n for n in count(1) if not any(_numbered(file, n).exists() for file in files))
     for file in files:
@@ -57,7 +57,7 @@ def set_aside(settings: Mapping[str, Any], *files: Path) -> None:
     log.info("%s held a result of other settings, which is now %s", files[0], _numbered(files[0], number).name)
 
 
-def _told(file: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def _settings_in(file: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a result says of the `settings` named; None where it cannot be read."""
     try:
         told = json.loads(file.read_text(encoding="utf-8"))["settings"]
@@ -72,10 +72,3 @@ def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _numbered(file: Path, number: int) -> Path:
     return file.with_name(f"{file.stem}.{number}{file.suffix}")
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -20,7 +19,9 @@ from torch import Tensor
 from dpt_t2i.backbones.lora_files import LoraFile, kohya_name
 from dpt_t2i.errors import InputError
 from dpt_t2i.publish.base_model import BaseModel
+from dpt_t2i.publish.model_card import setting_of
 from dpt_t2i.publish.privacy import public
+from dpt_t2i.versions import installed
 
 # ss_* header -> our setting of the run that made the LoRA
 SETTINGS = {
@@ -100,9 +101,9 @@ def kohya_header(
         "ss_sd_model_name": public(base.name),
         "ss_output_name": title,
         "ss_resolution": f"({width}, {height})",
-        "ss_training_comment": f"dpt-t2i {version('dpt-t2i')}",
+        "ss_training_comment": f"dpt-t2i {installed('dpt-t2i') or 'unknown'}",
     }
-    header |= {key: public(_leaf(config, path)) for key, path in SETTINGS.items()}
+    header |= {key: public(setting_of(config, path)) for key, path in SETTINGS.items()}
     return {key: str(value) for key, value in header.items() if value is not None}
 
 
@@ -121,16 +122,9 @@ def _generation(base: BaseModel) -> tuple[str, bool]:
 
 
 def _resolution(config: Mapping[str, Any], base: BaseModel) -> tuple[int, int]:
-    side = _leaf(config, "data.resolution")
+    side = setting_of(config, "data.resolution")
     return (side, side) if isinstance(side, int) else base.image_size
 
 
 def _one_or_dynamic(values: set[Any]) -> Any:
     return next(iter(values)) if len(values) == 1 else DYNAMIC
-
-
-def _leaf(config: Mapping[str, Any], path: str) -> Any:
-    node: Any = config
-    for part in path.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node

@@ -77,7 +77,8 @@ def write_model_card(
     """
     check_card_place(run_folder)
     config = _read_config(run_folder / CONFIG)
-    base = look_at_base(str(_leaf(config, "model.pretrained_model_name_or_path")), _leaf(config, "model.revision"))
+    name, revision = (setting_of(config, f"model.{key}") for key in ("pretrained_model_name_or_path", "revision"))
+    base = look_at_base(str(name), revision)
     files, stage = _look(run_folder), _stage(config, "probe")
     about = _about_base(base) | {
         "title": run_folder.resolve().name,
@@ -130,7 +131,7 @@ def read_measured(file: Path, kind: str) -> dict[str, Any]:
 
 
 def _write(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any], measured: Mapping[str, Any]) -> Path:
-    settings = {key: public(value) for key in SHOWN if (value := _leaf(config, key)) is not None}
+    settings = {key: public(value) for key in SHOWN if (value := setting_of(config, key)) is not None}
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -186,7 +187,8 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _leaf(config: Mapping[str, Any], key: str) -> Any:
+def setting_of(config: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key of a run's config; None where it has none."""
     node: Any = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None

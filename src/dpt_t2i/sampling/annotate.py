@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-# Told apart by eyes with any colour vision (Okabe and Ito); used in turn.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+from dpt_t2i.pictures import PALETTE
+
 RIGHT, WRONG = "#1a7f37", "#c62828"
 SIDE = 512  # pixels that the longer side is brought to, if it has fewer
 FONT = 16
@@ -39,10 +39,10 @@ def annotate(image: Image.Image, marks: Sequence[Mark], verdict: bool | None = N
     width = max(2, max(size) // 170)
     for index, mark in enumerate(marks):
         corners = _inside([value * factor for value in mark.box], size)
-        draw.rectangle(corners, outline=COLORS[index % len(COLORS)], width=width)
+        draw.rectangle(corners, outline=PALETTE[index % len(PALETTE)], width=width)
     for index, mark in enumerate(marks):  # after all boxes, so that no line crosses a label
         corners = _inside([value * factor for value in mark.box], size)
-        _label(draw, mark.label, corners, COLORS[index % len(COLORS)], font, size)
+        _label(draw, mark.label, corners, PALETTE[index % len(PALETTE)], font, size)
     if verdict is not None:
         _stamp(draw, verdict, size, width)
     return canvas

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from dpt_t2i.pictures import printable
+
 THUMBNAIL = 128  # pixels of a cell's side
 CAPTION = 14  # pixels of a row's caption
 MAX_ROWS, MAX_COLUMNS = 24, 8  # the sheet is for a glance; the folder holds the rest
@@ -21,7 +23,7 @@ def contact_sheet(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Image.Imag
     sheet = Image.new("RGB", (len(seeds) * THUMBNAIL, len(indices) * (THUMBNAIL + CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
     for line, index in enumerate(indices):
-        draw.text((2, line * (THUMBNAIL + CAPTION) + 1), _printable(prompts[index]), fill="black")
+        draw.text((2, line * (THUMBNAIL + CAPTION) + 1), printable(prompts[index]), fill="black")
     for row in rows:
         if row["prompt_index"] in indices and row["seed"] in seeds:
             left = seeds.index(row["seed"]) * THUMBNAIL
@@ -39,8 +41,3 @@ def _thumbnail(path: Path) -> Image.Image:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
-
-
-def _printable(text: str) -> str:
-    """Pillow's built-in font may know Latin letters only."""
-    return text.encode("latin-1", "replace").decode("latin-1")
