@@ -1,5 +1,6 @@
 """What stands around the package: metadata, example settings, docs."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -153,9 +154,8 @@ def test_no_switch_in_the_docs_is_given_a_word() -> None:
 def test_every_setting_is_read_somewhere() -> None:
     # a flag that is parsed and never read is a promise that nobody keeps
     source = ROOT / "src" / "dpt_t2i"
-    code = "\n".join(
-        path.read_text() for path in source.rglob("*.py") if "config" not in path.parts and path.name != "cli.py"
-    )
+    files = [path for path in source.rglob("*.py") if "config" not in path.parts and path.name != "cli.py"]
+    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text())))
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     names = {path.rpartition(".")[2] for command in CLASSES.values() for path, _ in leaves(command)}
-    unread = sorted(name for name in names if not re.search(rf"\b{name}\b", code))
-    assert not unread
+    assert names <= read, sorted(names - read)
