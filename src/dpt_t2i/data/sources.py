@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from dpt_t2i.config import DataConfig
+from dpt_t2i.config import DataConfig, TrainDataConfig
 from dpt_t2i.data.coco import read_coco
 from dpt_t2i.data.excluded import excluded_pictures, without
 from dpt_t2i.data.faults import Faults
@@ -173,6 +173,8 @@ def refuse_unread(config: DataConfig) -> None:
     """A setting that nothing would read is a mistake: mostly the format was not said. Raises `InputError`."""
     form = "scenes" if config.dataset == "scenes" and config.data_format == "auto" else _format(config)
     unread = [name for name in UNREAD[form] if getattr(config, name)]
+    if isinstance(config, TrainDataConfig) and not is_streamed(config):
+        unread += [] if config.shuffle_buffer == TrainDataConfig().shuffle_buffer else ["shuffle_buffer"]
     if form == "scenes":
         plain = DataConfig()
         unread += [name for name in ("train_split", "val_split") if getattr(config, name) != getattr(plain, name)]

@@ -174,7 +174,7 @@ def _refuse_trainings(data: DataConfig) -> None:
     """Settings of the data that only training reads. Raises `InputError`."""
     if data.max_samples is not None and data.data_format != "huggingface":  # there it is how many rows are fetched
         raise InputError("max_samples limits what is trained on; --val_samples says how many records are measured")
-    for name in ("scene_categories", "dataloader_num_workers"):
+    for name in ("scene_categories", "dataloader_num_workers", "exclude_refs"):
         if getattr(data, name):
             raise InputError(f"{name} is for training and changes nothing here; leave it out")
 

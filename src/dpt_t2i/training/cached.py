@@ -112,7 +112,7 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
     """Fill the cache with all that training can ask for. Every process of a launcher takes blocks that nobody has.
 
     Raises:
-        InputError: no cache_dir, random crops, scenes without an end, or a picture that cannot be read.
+        InputError: no cache_dir, random crops, loader processes, scenes without an end, or a picture that cannot be read.
     """
     data = config.data
     if data.cache_dir is None:
@@ -122,6 +122,10 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
         raise InputError("random crops never come back, so they cannot be cached; set center_crop")
     if data.dataset == "scenes" and data.max_samples is None:
         raise InputError("scenes are drawn without an end; give max_samples, here and in training")
+    if data.dataloader_num_workers:
+        raise InputError(
+            "dataloader_num_workers is for training; start `dpt data cache` with a launcher, or several times"
+        )
     model = config.model
     state = processes(model.device)
     backbone = load_backbone(model.pretrained_model_name_or_path, model.revision, model.device, model.dtype)
