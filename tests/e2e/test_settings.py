@@ -1,4 +1,4 @@
-"""What a command accepts it reads: no flag is parsed and then forgotten. (Stages: `training/test_wiring.py`.)"""
+"""What a command accepts it reads: no flag is parsed and then forgotten. The stages have `training/test_wiring.py`."""
 
 from collections.abc import Iterator
 from importlib import import_module

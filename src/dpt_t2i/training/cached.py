@@ -112,7 +112,7 @@ def run_cache(config: CacheConfig) -> dict[str, Any]:
     """Fill the cache with all that training can ask for. Every process of a launcher takes blocks that nobody has.
 
     Raises:
-        InputError: no cache_dir, random crops, loader processes, scenes without an end, or a picture that cannot be read.
+        InputError: no cache_dir, random crops, loader processes, scenes without an end, a picture that cannot be read.
     """
     data = config.data
     if data.cache_dir is None:
