@@ -140,6 +140,13 @@ def test_a_lora_without_an_adapter_says_so(tmp_path: Path, objective: str, said:
     assert said in body and "--correct" not in body
 
 
+def test_a_run_that_went_on_with_other_settings_says_so(tmp_path: Path) -> None:
+    save_config(ProbeConfig(), tmp_path / "config.yaml")
+    assert "other settings" not in card_of(tmp_path)[1]
+    save_config(ProbeConfig(seed=1), tmp_path / "config.before.yaml")
+    assert "began with; those of before: `config.before.yaml`" in card_of(tmp_path)[1]
+
+
 @pytest.mark.parametrize("content", [None, "[1, 2", "just text", "model: 3"])
 def test_what_is_no_run_folder(tmp_path: Path, content: str | None) -> None:
     if content is not None:

@@ -23,6 +23,7 @@ from dpt_t2i.publish.privacy import public
 
 TEMPLATES = Path(__file__).with_name("templates")
 CONFIG = "config.yaml"
+CONFIG_BEFORE = "config.before.yaml"  # of a run that went on with other settings
 UNKNOWN_STRENGTH = {"correct": 0.05, "correction_rule": "relative"}  # to begin with, where none is stored
 OURS = b"dpt-t2i"  # stands in every card
 ADAPTERS = ("adapter", "dpt/probe/adapter")  # beside a LoRA; inside a merged model
@@ -85,6 +86,7 @@ def write_model_card(
         "stage": stage,
         "license": None,
         "all_settings": CONFIG,
+        "settings_before": CONFIG_BEFORE if (run_folder / CONFIG_BEFORE).is_file() else None,
         "files": replace(files, lora=stage != "probe", adapter="adapter" if stage in ("probe", "tune") else None),
     }
     return _write(run_folder, config, about, {"alignment": alignment, "itm": itm, "rec": rec})
@@ -104,6 +106,7 @@ def write_export_card(
         "stage": _stage(config, "foreign"),
         "license": license_,
         "all_settings": None,
+        "settings_before": None,
         "files": _look(folder),
     }
     return _write(folder, config, about, {key: measured.get(key) for key in MEASURED})
