@@ -238,8 +238,12 @@ def test_a_signal_in_the_middle_is_no_fault(
         return {}
 
     before = signal.getsignal(signal.SIGTERM)
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     work(PROBE, work_long)
-    assert cli.main(["probe"]) == code
+    try:
+        assert cli.main(["probe"]) == code
+    finally:
+        signal.signal(signal.SIGINT, interrupts)
     assert cleared == [number] and signal.getsignal(signal.SIGTERM) is before
     assert capsys.readouterr().err == f"{number.name}: stopped; files that were finished stay\n"
 

@@ -29,7 +29,7 @@ def level_of(pixels: torch.Tensor) -> int:
 
 
 def record(index: int) -> Record:
-    expression = Expression(f"thing {index}", ((0, 5),), ((0.0, 0.0, 8.0 * index / COUNT, 8.0),))
+    expression = Expression(f"thing {index}", ((0, 5),), ((0.0, 0.0, 8.0 * (index + 1) / COUNT, 8.0),))
     return Record(str(index), "toy", lambda: shade(index), (f"picture {index}",), (expression,))
 
 
