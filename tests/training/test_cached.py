@@ -140,7 +140,7 @@ def test_each_picture_is_encoded_once_though_no_process_knows_of_the_others(data
 
 
 def test_a_square_of_two_records_is_encoded_once_whatever_boxes_it_is_cut_around(data, run, folder, monkeypatch):
-    """The pictures are squares, so all squares of one are the same: six and their mirrors (the last record's negative is
+    """The pictures are squares, so all squares of one are the same: six and their mirrors (the last negative is
     held out)."""
     change_rows(folder, show_the_next)
     expected = run(data.model_copy(update={"cache_dir": data.cache_dir / "one"}), block_size=100)["images"]

@@ -89,7 +89,8 @@ def test_with_fraction_one_every_row_is_of_the_pool_and_whole(painter):
         assert level_of(batch.hard_images[row]) == 100 + number, "against the model's own"
         assert batch.random_captions[row] == f"picture {level_of(batch.random_images[row])}" != batch.captions[row]
         assert batch.expressions[row] == f"thing {number}" and batch.spans[row] == ((0, 5),)
-        assert batch.boxes[row][0].tolist() == pytest.approx([number / COUNT / 2, 0.5, number / COUNT, 1])
+        wide = (number + 1) / COUNT
+        assert batch.boxes[row][0].tolist() == pytest.approx([wide / 2, 0.5, wide, 1])
 
 
 def test_of_an_own_sample_no_caption_is_known_to_be_true(painter, monkeypatch):
