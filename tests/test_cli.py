@@ -332,9 +332,19 @@ def test_the_last_line_for_a_person_names_the_folder(
     assert capsys.readouterr().out == "accuracy: 0.5\noutput: runs/probe\n"
 
 
+def test_a_rank_left_in_the_environment_silences_nobody(
+    work: Callable[..., Work], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    work(PROBE, lambda: {"accuracy": 0.5})
+    assert cli.main(["probe", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"accuracy": 0.5}
+
+
 def test_only_the_first_process_speaks(
     work: Callable[..., Work], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     work(PROBE, lambda: {"accuracy": 0.5})
     assert cli.main(["probe", "--json"]) == 0

@@ -131,3 +131,17 @@ def test_settings_cannot_be_changed_afterwards() -> None:
 
 def test_every_leaf_is_described() -> None:
     assert all(info.description for command in (ProbeConfig, TuneConfig, GenerateConfig) for _, info in leaves(command))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not valid YAML: key `steps` stands twice"):
+        build_config(GenerateConfig, written(tmp_path, "sample:\n  steps: 1\n  steps: 2\n"))
+
+
+def test_what_is_left_empty_in_a_file_is_as_if_left_out(tmp_path: Path) -> None:
+    text = "sample:\n  # steps: 1\nprompt:\nprompts_file: null\nseeds: 3\n"
+    config = build_config(GenerateConfig, written(tmp_path, text))
+    assert config == build_config(GenerateConfig, None, {"seeds": "3"}) and config.prompt == ()
+    assert build_config(GenerateConfig, written(tmp_path, "prompt: null\n")).prompt == ()
+    with pytest.raises(InputError, match="`output_dir` is empty; give a path, or leave it out"):
+        build_config(GenerateConfig, None, {"output_dir": ""})

@@ -2,9 +2,10 @@
 
 import pytest
 
+from dpt_t2i import demo
 from dpt_t2i.config import DemoConfig, ProbeConfig, TuneConfig, build_config
 from dpt_t2i.demo import _clear, run_demo
-from dpt_t2i.errors import InputError
+from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.tune import run_tune
 from tests.tiny import tiny_pipeline
@@ -57,6 +58,26 @@ def test_a_judge_that_does_not_draw_is_refused_before_anything_is_removed(base, 
     with pytest.raises(InputError, match="leave no_lora_draws out"):
         run_demo(build_config(DemoConfig, overrides=settings))
     assert (tmp_path / "probe").is_dir()
+
+
+def test_seeds_that_cannot_be_read_are_refused_before_anything_is_removed(base, tmp_path):
+    settings = {"pretrained_model_name_or_path": str(base), "seeds": "foo", "output_dir": tmp_path}
+    (tmp_path / ".demo").touch()
+    (tmp_path / "probe").mkdir()
+    with pytest.raises(InputError, match="seeds `foo`"):
+        run_demo(build_config(DemoConfig, overrides=settings))
+    assert (tmp_path / "probe").is_dir()
+
+
+def test_a_stopped_demo_does_not_advise_to_go_on_with_its_stage(base, tmp_path, monkeypatch):
+    def stop(config):
+        raise Stopped(15, "SIGTERM: go on with --resume_from_checkpoint latest")
+
+    monkeypatch.setattr(demo, "run_probe", stop)
+    with pytest.raises(Stopped, match="^SIGTERM: stopped; another `dpt demo` begins anew$"):
+        run_demo(
+            build_config(DemoConfig, overrides={"pretrained_model_name_or_path": str(base), "output_dir": tmp_path})
+        )
 
 
 def test_stages_of_another_run_are_not_removed(base, tmp_path):

@@ -46,6 +46,12 @@ def test_a_model_that_does_not_load_is_a_finding(tmp_path: Path) -> None:
     assert result["summary"][-1].startswith("model     does not load: ")
 
 
+@pytest.mark.parametrize("name", ["lora", "adapter"])
+def test_weights_that_are_not_there_are_a_finding(base: Path, tmp_path: Path, name: str) -> None:
+    result = doctor.run_doctor(settings(pretrained_model_name_or_path=str(base), **{name: str(tmp_path / "nope")}))
+    assert not result["model"]["loads"] and "nope" in result["model"]["problem"]
+
+
 def test_a_device_that_is_not_here_is_the_users() -> None:
     with pytest.raises(InputError, match="cuda:99"):
         doctor.run_doctor(settings(device="cuda:99"))

@@ -226,7 +226,7 @@ def _refuse(message: str) -> int:
 
 def _is_first_process() -> bool:
     """Under a launcher the first process alone tells how it goes."""
-    return os.environ.get("RANK", "0") == "0"
+    return _world_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def _world_size() -> int:

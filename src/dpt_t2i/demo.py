@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +27,10 @@ from dpt_t2i.config import (
     TuneConfig,
     build_config,
 )
-from dpt_t2i.errors import InputError
+from dpt_t2i.errors import InputError, Stopped
 from dpt_t2i.evaluation.commands import run_alignment
 from dpt_t2i.publish.report import write_report
+from dpt_t2i.sampling.generate import parse_seeds
 from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.tune import run_tune
 
@@ -45,16 +47,28 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     Raises:
         InputError: several processes, a base that ships no adapter and LoRA to compare with, or anything that the
             stages refuse.
+        Stopped: by a signal during a stage.
     """
+    try:
+        return _run(config)
+    except Stopped as stop:
+        again = f"{signal.Signals(stop.signal).name}: stopped; another `dpt demo` begins anew"
+        raise Stopped(stop.signal, again) from None
+
+
+def _run(config: DemoConfig) -> dict[str, Any]:
     start = time.perf_counter()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("the demo is for one process; start it without a launcher")
     if not config.sample.lora_draws:
         raise InputError("the demo shows what the LoRA draws; leave no_lora_draws out")
+    parse_seeds(config.seeds)  # refused before an earlier demo is cleared away
     base = config.model.pretrained_model_name_or_path
     lora, adapter = choose_artifacts(base, config.model.lora, config.model.adapter, config.model.revision)
     if lora is None or adapter is None:
-        raise InputError(f"the demo needs a LoRA and an adapter to set beside its own; base `{base}` ships none")
+        refused = "none" in (config.model.lora, config.model.adapter)
+        what = "none was to be loaded" if refused else f"base `{base}` ships none"
+        raise InputError(f"the demo needs a LoRA and an adapter to compare its own with, and {what}")
     card = read_adapter_card(adapter)
     folder = config.output_dir
     _clear(folder)
@@ -167,7 +181,8 @@ def _notes(
         "The figures of a full run are in the bundled model's card.",
         f"live, live_correct: made just now on this machine, {config.probe_steps} steps of probing and "
         f"{config.tune_steps} of tuning at batch {config.demo_batch_size}. They show that the loop runs, not what it "
-        "can do: so young an adapter misleads a correction of the shipped one's strength. dpt, dpt_correct, "
+        "can do: an adapter trained so briefly gives poor gradients, so correcting as strongly as with the shipped one "
+        "makes live_correct worse. dpt, dpt_correct, "
         "dpt_best4: the LoRA and the adapter that ship with the base.",
         f"Live adapter on held-out scenes, after probing: {_figures(probe)}; after tuning: {_figures(tuned)}.",
     ]

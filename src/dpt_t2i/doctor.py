@@ -13,8 +13,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from dpt_t2i.adapter.io import read_adapter_card
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone, resolve_device
+from dpt_t2i.backbones.lora import lora_file
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import DoctorConfig, ModelConfig
 from dpt_t2i.errors import InputError
@@ -104,6 +106,9 @@ def _look_at_model(model: ModelConfig) -> dict[str, Any]:
     try:
         backbone = load_backbone(name, model.revision, model.device, model.dtype)
         lora, adapter = choose_artifacts(name, model.lora, model.adapter, model.revision)
+        lora = None if lora is None else lora_file(lora)
+        if adapter is not None:
+            read_adapter_card(adapter)
     except InputError as error:
         return {"model": {"name": name, "loads": False, "problem": str(error)}, "fits": None}
     found = {

@@ -6,6 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @contextmanager
@@ -15,12 +19,20 @@ def in_one_move(path: Path) -> Iterator[Path]:
     A kill leaves what was there before; so does an error, which takes the unfinished file away.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write one file
     try:
         yield unfinished
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def save_picture(image: Image, path: Path) -> None:
+    """A picture in one move, in the format of its name. Raises `ValueError` where that format has no room for it."""
+    from PIL.Image import registered_extensions
+
+    with in_one_move(path) as unfinished:
+        image.save(unfinished, format=registered_extensions()[path.suffix.lower()])
 
 
 def write_text(path: Path, text: str) -> None:

@@ -119,6 +119,7 @@ def test_what_is_missing_is_asked_for(base: Path, arm: str, flag: str) -> None:
 
 def test_weights_that_are_not_there_are_found_out_before_anything_is_drawn(base: Path) -> None:
     known = {"arms": ("base", "control"), "control_lora": base / "run"}
+    known["correction"] = CorrectionConfig()
     check_weights(config(base, **known))
     with pytest.raises(InputError, match="LoRA .*nowhere does not exist"):
         check_weights(config(base, **known | {"control_lora": base / "nowhere"}))
@@ -165,12 +166,20 @@ def test_the_strength_that_is_stored_with_the_adapter_is_the_default(base: Path,
 )
 def test_weights_that_no_arm_uses_are_refused(base: Path, flag: str, arms: tuple[str, ...], add: str) -> None:
     given = {"control_lora": base / "run"} if "control" in arms else {}
-    check_weights(config(base, arms=("base",)))
+    given["correction"] = CorrectionConfig()
+    check_weights(config(base, arms=("base",), correction=CorrectionConfig()))
     with pytest.raises(InputError, match=f"^{flag} is given, and none of the arms uses it; add --arms {add}$"):
         check_weights(config(base, arms=arms, **given, **{flag: base / "nowhere"}))
+
+
+def test_a_correction_beside_arms_without_one_is_refused(base: Path) -> None:
+    with pytest.raises(InputError, match="a correction is set, and none of the arms is corrected; add --arms"):
+        check_weights(config(base, arms=("base",)))
 
 
 def test_a_lora_beside_arms_of_the_plain_base_is_refused(base: Path) -> None:
     settings = config(base, arms=("base",))
     with pytest.raises(InputError, match="^lora is given, and none of the arms uses it; add --arms dpt$"):
         check_weights(settings.model_copy(update={"model": settings.model.model_copy(update={"lora": "mine"})}))
+    with pytest.raises(InputError, match="^adapter is given, and none of the arms uses it; add --arms dpt$"):
+        check_weights(settings.model_copy(update={"model": settings.model.model_copy(update={"adapter": "mine"})}))

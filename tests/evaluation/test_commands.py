@@ -41,7 +41,7 @@ def test_score(loaded: list[tuple[Any, ...]], tmp_path: Path) -> None:
         assert annotated.size == (512, 512)
     assert Path(result["annotated"]) == tmp_path / "out" / "my_annotated.png"
     saved = json.loads((tmp_path / "out" / "score.json").read_text())
-    assert saved == json.loads(json.dumps({k: v for k, v in result.items() if k != "summary"}))
+    assert saved == json.loads(json.dumps({k: v for k, v in result.items() if k not in ("summary", "annotated")}))
     assert f"{result['score']:+.3f}" in result["summary"][0] and "red circle: box (" in result["summary"][1]
 
 
@@ -184,3 +184,8 @@ def test_a_result_of_other_settings_is_kept(loaded: list[tuple[Any, ...]], tmp_p
     kept, new = (json.loads((tmp_path / name).read_text())["timesteps"] for name in ("itm.1.json", "itm.json"))
     assert (list(kept), list(new)) == (["500"], ["100"])
     assert (tmp_path / "itm_scores.1.jsonl").is_file()
+
+
+def test_a_timestep_that_is_given_twice_counts_once(loaded: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    result = commands.run_itm(discrimination(tmp_path, timesteps=(100, 100)))
+    assert result["timesteps"]["100"]["text"]["count"] == result["examples"]

@@ -85,3 +85,23 @@ def test_settings_of_a_correction_that_does_not_take_place_are_told(tmp_path, ca
     assert "nothing is corrected" not in caplog.text
     run_generate(build_config(GenerateConfig, overrides=common | {"correction_end": "0.5"}))
     assert "`correction_end` is set, but `correct` is 0, so nothing is corrected" in caplog.text
+
+
+def test_a_negative_prompt_without_guidance_is_told(tmp_path, caplog):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    common = {"pretrained_model_name_or_path": str(tmp_path / "base"), "prompt": ("a star",), "steps": 1}
+    common |= {"device": "cpu", "output_dir": tmp_path / "out", "negative_prompt": "blue"}
+    run_generate(build_config(GenerateConfig, overrides=common))
+    assert "negative_prompt changes nothing" not in caplog.text
+    run_generate(build_config(GenerateConfig, overrides=common | {"guidance_scale": "1"}))
+    assert "negative_prompt changes nothing at guidance_scale 1; give more than 1" in caplog.text
+
+
+def test_more_steps_than_timesteps_are_refused(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    common = {"pretrained_model_name_or_path": str(tmp_path / "base"), "prompt": ("a star",), "steps": 1001}
+    for scheduler in ("ddim", "unipc"):
+        with pytest.raises(InputError, match="steps 1001: base `base` has 1000 timesteps"):
+            run_generate(
+                build_config(GenerateConfig, overrides=common | {"output_dir": tmp_path, "scheduler": scheduler})
+            )

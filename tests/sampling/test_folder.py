@@ -199,3 +199,16 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     maker = Maker()
     assert len(write_shared(tmp_path, JOBS, maker, SETTINGS, "base", PartialState())) == 4
     assert maker.made == JOBS[2:]
+
+
+def test_what_cannot_be_drawn_leaves_the_folder_as_it_is(tmp_path):
+    write_generation(tmp_path, JOBS, Maker(), SETTINGS, arm="base")
+    before = manifest(tmp_path)
+
+    def refuse(jobs):
+        raise InputError("height 63 must be a multiple of 4")
+        yield
+
+    with pytest.raises(InputError):
+        write_generation(tmp_path, JOBS, refuse, SETTINGS | {"steps": 9}, arm="base")
+    assert manifest(tmp_path) == before

@@ -198,3 +198,6 @@ def test_a_correction_of_no_step_is_refused(start, end):
     noise, settings = initial_noise(0, (4, 8, 8))[None], SampleConfig(steps=2)
     with pytest.raises(InputError, match="is not before correction_end .*: no step would be corrected"):
         sample(backbone, states(1), states(1), noise, settings, correction, mean_of_latent)
+    late = CorrectionConfig(correct=0.1, correction_start=0.95)
+    with pytest.raises(InputError, match="of 2 steps none is corrected between 0.95 and 1; widen that part"):
+        sample(backbone, states(1), states(1), noise, settings, late, mean_of_latent)

@@ -2,6 +2,7 @@ import pytest
 from PIL import Image
 
 from dpt_t2i.errors import InputError
+from dpt_t2i.scenes import commands
 from dpt_t2i.scenes.commands import export_scenes, render_grid
 from dpt_t2i.scenes.example import make_example
 from dpt_t2i.scenes.render import render
@@ -36,6 +37,23 @@ def test_nonsense_is_refused(tmp_path, n, size):
         render_grid(n, tmp_path / "x.png", size=size)
     with pytest.raises(InputError, match="at least"):
         export_scenes(tmp_path, n=n, size=size)
+
+
+def test_an_export_that_was_stopped_begins_anew(tmp_path, monkeypatch):
+    drawn = []
+
+    def stop(*given):
+        drawn.append(given)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return render(*given)
+
+    monkeypatch.setattr(commands, "render", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export_scenes(tmp_path / "out", n=3)
+    assert not (tmp_path / "out").exists()
+    export_scenes(tmp_path / "out", n=3)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3 and list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):

@@ -83,7 +83,7 @@ def test_the_command_prints_the_table(two, tmp_path, capsys):
 def test_a_run_has_one_colour_in_every_panel(tmp_path, monkeypatch):
     """Where the second run alone has a figure, its line is its own, not the first one's."""
     drawn = []
-    monkeypatch.setattr(runs.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(runs.Figure, "savefig", lambda figure, path, **__: (drawn.append(figure), path.touch()))
     first = [{"split": "train", "step": 1, "loss": 1.0}]
     second = [{"split": "train", "step": 1, "loss": 2.0, "loss_mse": 3.0}]
     runs.plot([first, second], ["p", "t"], tmp_path / "a.png")

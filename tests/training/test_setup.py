@@ -89,6 +89,22 @@ def test_training_and_validation_are_different_splits(probe_config):
     assert [example.id for example in setup.validation.examples] == ["scenes/val-4-000000", "scenes/val-4-000001"]
 
 
+@pytest.mark.parametrize("name", ["denoise_itm", "denoise_dpo", "distill"])
+def test_a_loss_that_no_timestep_reaches_is_refused(tune_config, name):
+    asked = {f"{name}_coef": 1.0, f"{name}_min_timestep": 800, "max_timestep": 799}
+    with pytest.raises(InputError, match=f"{name}_min_timestep 800 is above max_timestep 799: that loss would be 0"):
+        set_up(tune_config(**asked))
+    set_up(tune_config(**asked | {f"{name}_coef": 0.0}))
+
+
+def test_sizes_that_the_adapter_to_start_from_does_not_have_are_told(probe_config, tmp_path, caplog):
+    store_adapter(set_up(probe_config()), tmp_path / "adapter")
+    set_up(probe_config(adapter=str(tmp_path)))
+    assert "is not used" not in caplog.text
+    set_up(probe_config(adapter=str(tmp_path), hidden_dim=64))
+    assert "hidden_dim 64 is not used: the adapter to start from has 16" in caplog.text
+
+
 def test_the_run_folder_says_how_it_was_made(probe_config):
     config = probe_config(learning_rate=3e-5, seed=11, tap="mid")
     write_config(set_up(config).config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from dpt_t2i.backbones.interface import OnTruncate
 from dpt_t2i.errors import InputError
+
+TOLD = 200  # characters of a text that a message shows
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,9 @@ def _report_cut(tokenizer: Any, texts: Sequence[str], limit: int, on_truncate: O
     text, row = long[0]
     first_cut = row[limit - 1][0]  # the last of the `limit` places goes to EOS
     others = f" (and {len(long) - 1} more)" if len(long) > 1 else ""
-    message = f"prompt over the text encoder's {limit} tokens: cut is `{text[first_cut:].strip()}` of `{text}`{others}"
+    lost = shorten(text[first_cut:], TOLD, placeholder=" ...")
+    whole = shorten(text, TOLD, placeholder=" ...")
+    message = f"prompt over the text encoder's {limit} tokens: cut is `{lost}` of `{whole}`{others}"
     if on_truncate == "error":
         raise InputError(f"{message}; shorten it")
     logger.warning(message)

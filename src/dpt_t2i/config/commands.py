@@ -272,6 +272,11 @@ class CacheConfig(Section):
     block_size: Positive = Field(128, description="records that a process takes at once, and that share a file")
     vae_batch_size: Positive = Field(8, description="images in one pass of the VAE: memory only")
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it writes."""
+        return self.data.cache_dir
+
 
 class AppConfig(Section):
     """A web page: draw beside the plain base, with boxes, scores and the way there; judge pictures of your own."""

@@ -124,14 +124,28 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     return tree
 
 
+class _Loader(yaml.BaseLoader):
+    """Of two equal keys YAML's own loader would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key `{key.value}` stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
 def _parse(text: str) -> Any:
     """Text, lists and mappings, nothing else: types are the leaves' business."""
-    return yaml.load(text, Loader=yaml.BaseLoader)
+    return yaml.load(text, Loader=_Loader)
 
 
 def _flatten(tree: Mapping[str, Any], config: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         path = f"{prefix}{key}"
+        if value == "" and any(leaf.startswith(f"{path}.") for leaf, _ in leaves(config)):
+            continue  # a section of which every line is commented out
         if isinstance(value, Mapping):
             yield from _flatten(value, config, f"{path}.")
         else:
@@ -147,7 +161,11 @@ def _read_text(path: str, value: Any, info: FieldInfo) -> Any:
         if value.lower() in ("", "null", "~") or (value.lower() == "none" and not keeps_none):
             return None
     if not is_tuple(info):
+        if value == "" and info.annotation is Path:
+            raise InputError(f"config key `{path}` is empty; give a path, or leave it out")
         return value
+    if value in ("", "null", "~"):
+        return ()
     try:
         return _parse(value) if value.startswith("[") else (value,)
     except yaml.YAMLError as error:

@@ -81,7 +81,8 @@ def run_arms(config: AlignmentConfig, open_model: OpenModel) -> dict[str, Any]:
         "command": command_line(),
         "versions": versions(),
     }
-    set_aside(config.model_dump(mode="json"), config.output_dir / "alignment.json")
+    files = (config.output_dir / name for name in ("alignment.json", "report.html"))
+    set_aside(config.model_dump(mode="json"), *files)
     write_json(config.output_dir / "alignment.json", result)
     if config.suite.startswith("test_"):
         _log_test_run(config, result)

@@ -168,9 +168,12 @@ def _refuse_unread(config: AlignmentConfig, arms: Sequence[Arm]) -> None:
         ("live_lora", config.live_lora, ["live", "live_correct"]),
         ("probe_adapter", config.probe_adapter, [arm.name for arm in ARMS.values() if arm.adapter == "probe"]),
         ("lora", config.model.lora, [arm.name for arm in ARMS.values() if arm.lora == "dpt"]),
+        ("adapter", config.model.adapter, [arm.name for arm in ARMS.values() if arm.adapter == "dpt"]),
     ):
         if given not in (None, "none") and not {arm.name for arm in arms} & set(users):
             raise InputError(f"{flag} is given, and none of the arms uses it; add --arms {users[0]}")
+    if config.correction != CorrectionConfig() and not any(arm.corrected for arm in arms):
+        raise InputError("a correction is set, and none of the arms is corrected; add --arms dpt_correct")
 
 
 @dataclass(frozen=True)

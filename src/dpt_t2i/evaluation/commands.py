@@ -22,6 +22,7 @@ from dpt_t2i.evaluation.miner import miner_warnings
 from dpt_t2i.evaluation.provenance import command_line, set_aside, versions, write_json, write_rows
 from dpt_t2i.evaluation.rec import rec_oracle, rec_ranks, rec_summary
 from dpt_t2i.evaluation.seen import seen_warnings
+from dpt_t2i.files import save_picture
 from dpt_t2i.sampling.annotate import annotate
 from dpt_t2i.sampling.images import open_image
 from dpt_t2i.sampling.model import T2IModel, load_model, open_model
@@ -44,19 +45,18 @@ def run_score(config: ScoreConfig, image: Path, prompt: str) -> dict[str, Any]:
         "image": str(image),
         "score": judged.score,
         "phrases": [asdict(evidence) for evidence in judged.phrases],
-        "annotated": str(annotated),
         "settings": settings,
         "versions": versions(),
     }
     set_aside(settings, config.output_dir / "score.json", annotated)
     write_json(config.output_dir / "score.json", result)
-    annotate(picture, judged.marks()).save(annotated)
+    save_picture(annotate(picture, judged.marks()), annotated)
     lines = [f"score {judged.score:+.3f}  {prompt}"]
     for e in judged.phrases:
         left, top, right, bottom = (f"{value:.0f}" for value in e.box)
         box = f"{left}, {top}) to ({right}, {bottom}"
         lines.append(f"  {e.phrase}: box ({box}), confidence {e.confidence:.2f}, alone {e.score:+.3f}")
-    return result | {"summary": lines}
+    return result | {"annotated": str(annotated), "summary": lines}
 
 
 def run_alignment(config: AlignmentConfig) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _timesteps(config: DiscriminationConfig, scorer: MatchScorer) -> tuple[int, 
     for timestep in config.timesteps:
         if not 0 <= timestep < scorer.backbone.num_train_timesteps:
             raise InputError(f"timestep {timestep} is not in 0..{scorer.backbone.num_train_timesteps - 1}")
-    return config.timesteps
+    return tuple(dict.fromkeys(config.timesteps))
 
 
 def _examples(config: DiscriminationConfig, scorer: MatchScorer, state: PartialState) -> HeldOut:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from dpt_t2i.files import in_one_move
 from dpt_t2i.publish.figures import INK, LINE, MUTED, STYLE, TUNED, to_svg, training_curves
 from dpt_t2i.publish.gallery import read_rows
 from dpt_t2i.publish.report import as_markup, environment, write_page
@@ -53,7 +54,9 @@ def write_atlas_picture(path: Path, atlas: Mapping[str, Any]) -> Path:
     """The heat map as a PNG on white."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({key: PAPER.get(value, value) for key, value in STYLE.items()}):
-        heat_map(atlas, PAPER[TUNED]).savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
+        figure = heat_map(atlas, PAPER[TUNED])
+        with in_one_move(path) as unfinished:
+            figure.savefig(unfinished, dpi=150, facecolor="white", format="png", metadata={"Software": None})
     return path
 
 

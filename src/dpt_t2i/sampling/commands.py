@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from dpt_t2i.config import CorrectionConfig, GenerateConfig
+from dpt_t2i.config import CorrectionConfig, GenerateConfig, SampleConfig
 from dpt_t2i.sampling.folder import write_shared
 from dpt_t2i.sampling.generate import jobs_of, parse_seeds
 from dpt_t2i.sampling.model import open_model
@@ -25,6 +25,7 @@ def run_generate(config: GenerateConfig) -> dict[str, Any]:
     """
     jobs = jobs_of(read_prompts(config), parse_seeds(config.seeds), config.own_noise)
     _tell_idle(config.correction)
+    _tell_unguided(config.sample)
     state = processes(config.model.device)
     model = open_model(config.model)
     decisive = model.settings(config)
@@ -58,6 +59,12 @@ def _tell_idle(correction: CorrectionConfig) -> None:
     idle = [name for name, value in correction if value != getattr(plain, name)]
     if correction.correct == 0 and idle:
         log.warning("`%s` is set, but `correct` is 0, so nothing is corrected; give --correct too", idle[0])
+
+
+def _tell_unguided(sample: SampleConfig) -> None:
+    """A negative prompt stands in the unconditional branch, which there is with guidance alone."""
+    if sample.negative_prompt and sample.guidance_scale is not None and sample.guidance_scale <= 1:
+        log.warning("negative_prompt changes nothing at guidance_scale %g; give more than 1", sample.guidance_scale)
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:

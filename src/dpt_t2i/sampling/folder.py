@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def write_generation(
             missing.append(job)
         else:
             rows[job] = _row(job, settings, arm, result)
+    drawn = zip(missing, make(missing), strict=True) if missing else iter(())
+    first = next(drawn, None)  # what cannot be drawn at all is refused here, before anything is replaced
     replaced = sum((folder / image_file(job)).is_file() for job in missing)
     if replaced:
         log.warning(
@@ -98,7 +101,7 @@ def write_generation(
     _write_manifest(folder, list(rows.values()))
     if missing:
         with (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
-            for job, image in zip(missing, make(missing), strict=True):
+            for job, image in chain([first] if first is not None else [], drawn):
                 rows[job] = _row(job, settings, arm, write_image(folder, job, image, settings))
                 manifest.write(json.dumps(rows[job]) + "\n")
                 manifest.flush()

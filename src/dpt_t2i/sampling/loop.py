@@ -151,6 +151,11 @@ def _check(correction: CorrectionConfig, scorer: Scorer | None, settings: Sample
             f"correction_start {correction.correction_start:g} is not before correction_end "
             f"{correction.correction_end:g}: no step would be corrected; exchange them, or set `correct` to 0"
         )
+    if not any(is_corrected(index, settings.steps, correction) for index in range(settings.steps)):
+        raise InputError(
+            f"of {settings.steps} steps none is corrected between {correction.correction_start:g} and "
+            f"{correction.correction_end:g}; widen that part, or set `correct` to 0"
+        )
     if scorer is None:
         raise InputError("self-correction (`correct` > 0) needs an adapter; give `adapter`, or set `correct` to 0")
     if correction.correction_fused and correction.correction_mode != "state":

@@ -45,6 +45,7 @@ def make_scheduler(backbone: Backbone, name: str, steps: int, latent_size: tuple
 
     if backbone.prediction_type == FLOW:
         return _flow_scheduler(backbone, name, steps, latent_size)
+    check_steps(backbone, steps, "steps")
     classes = {
         "ddim": diffusers.DDIMScheduler,
         "euler": diffusers.EulerDiscreteScheduler,
@@ -58,6 +59,13 @@ def make_scheduler(backbone: Backbone, name: str, steps: int, latent_size: tuple
     scheduler = classes[name].from_config(backbone.pipeline.scheduler.config, **own.get(name, {}))
     scheduler.set_timesteps(steps, device=backbone.device)
     return scheduler
+
+
+def check_steps(backbone: Backbone, steps: int, name: str) -> None:
+    """Raises `InputError`: more sampling steps than the base has timesteps; `name` is the setting's."""
+    most = int(backbone.pipeline.scheduler.config.num_train_timesteps)
+    if steps > most:
+        raise InputError(f"{name} {steps}: base `{backbone.name}` has {most} timesteps; give no more steps than that")
 
 
 def _flow_scheduler(backbone: Backbone, name: str, steps: int, latent_size: tuple[int, int] | None) -> Any:

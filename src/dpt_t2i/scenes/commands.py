@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import save_picture
 from dpt_t2i.scenes.example import Split, make_example
 from dpt_t2i.scenes.render import render
 from dpt_t2i.scenes.world import Box
@@ -28,8 +31,8 @@ def render_grid(n: int, output: Path, seed: int = 0, size: int = 64, split: Spli
         grid.paste(render(example.scene, size), ((index % columns) * (size + 2), (index // columns) * (size + 2)))
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        grid.save(output)
-    except (OSError, ValueError) as error:
+        save_picture(grid, output)
+    except ValueError as error:  # more pixels than the format has room for
         raise InputError(f"--output {output}: {error}; give a .png, or fewer scenes") from error
     captions = [example.caption.text for example in examples]
     return {"output": str(output), "captions": captions, "summary": [*captions, f"grid: {output}"]}
@@ -45,13 +48,15 @@ def export_scenes(output_dir: Path, n: int, seed: int = 0, size: int = 64, split
         raise InputError(f"--n must be at least 1 and --size at least 16, got {n} and {size}")
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise InputError(f"{output_dir} is not empty, and its metadata would be replaced; give a new folder")
-    (output_dir / "negatives").mkdir(parents=True, exist_ok=True)
+    unfinished = output_dir.with_name(f"{output_dir.name}.partial")  # so that one that was stopped can begin anew
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "negatives").mkdir(parents=True)
     lines = []
     for index in range(n):
         example = make_example(index, seed=seed, split=split)
         name, negative = f"{index:06d}.png", f"negatives/{index:06d}.png"
-        render(example.scene, size).save(output_dir / name)
-        render(example.negative.scene, size).save(output_dir / negative)
+        render(example.scene, size).save(unfinished / name)
+        render(example.negative.scene, size).save(unfinished / negative)
         expressions = [
             {
                 "text": r.text,
@@ -68,7 +73,10 @@ def export_scenes(output_dir: Path, n: int, seed: int = 0, size: int = 64, split
             "negative_file": negative,
         }
         lines.append(json.dumps(row))
-    (output_dir / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (unfinished / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if output_dir.is_dir():
+        output_dir.rmdir()
+    os.replace(unfinished, output_dir)
     return {"output_dir": str(output_dir), "n": n, "summary": [f"{n} examples of split {split}, {size} px"]}
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from accelerate import PartialState
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dpt_t2i.adapter.grounding_text import GroundingTextEncoder
 from dpt_t2i.backbones.interface import Backbone
+from dpt_t2i.backbones.text import TOLD
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.data.examples import Batch
 from dpt_t2i.errors import InputError
@@ -120,7 +122,8 @@ class Encoder:
             if end < len(text.rstrip()) and text not in self.cut and len(self.cut) < KEPT:
                 self.cut[text] = text[end:].strip()
                 if len(self.cut) <= SHOWN:
-                    log.warning("longer than the text encoder reads: cut is `%s` of `%s`", text[end:].strip(), text)
+                    lost, whole = (shorten(part, TOLD, placeholder=" ...") for part in (text[end:], text))
+                    log.warning("longer than the text encoder reads: cut is `%s` of `%s`", lost, whole)
 
     def _latents(self, batch: Batch) -> Tensor:
         """Of all pictures that are there; a negative that does not exist costs no pass."""

@@ -177,7 +177,7 @@ class _Run:
                 if self.accelerator.is_main_process:
                     try:
                         metrics.write(self.step, "samples", job.sample(self.step))
-                    except InputError as error:  # a correction that is not finite, say: no reason to end a run of days
+                    except Exception as error:  # no memory, a full disk: no reason to end a run of days
                         log.warning("step %d: no samples: %s", self.step, error)
             self.progress.restart(self.step)
         return better

@@ -26,6 +26,7 @@ from dpt_t2i.data.streams import ShardStream
 from dpt_t2i.data.transforms import to_pixels
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import generate, jobs_of
+from dpt_t2i.sampling.schedulers import check_steps
 
 FILE = "on_policy.safetensors"
 
@@ -42,12 +43,14 @@ class OnPolicy:
         """None where the config asks for none.
 
         Raises:
-            InputError: the examples are streamed or of several shapes: a pool is drawn at random, and of squares.
+            InputError: the examples are streamed or of several shapes: a pool is drawn at random, and of squares; or
+                more steps than the base has timesteps.
         """
         if loss.on_policy_fraction == 0:
             return None
         if not isinstance(examples, Examples) or examples.buckets is not None:
             raise InputError("on_policy_fraction does not go with streamed shards or aspect_buckets; leave out one")
+        check_steps(backbone, loss.on_policy_steps, "on_policy_steps")
         return OnPolicy(loss, backbone, examples, seed)
 
     def __call__(self, step: int, batch: Batch) -> Batch:

@@ -11,6 +11,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import in_one_move
 from dpt_t2i.training.trackers import METRICS, best_step, read_metrics
 
 CONFIG = "config.yaml"
@@ -65,7 +66,8 @@ def plot(rows: Sequence[Sequence[Row]], names: Sequence[str], output: Path) -> N
     shown = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=2)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=100)
+    with in_one_move(output) as unfinished:
+        figure.savefig(unfinished, dpi=100, format=output.suffix[1:] or "png")
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

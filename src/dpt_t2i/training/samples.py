@@ -14,7 +14,9 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.lora import lora_change, lora_disabled
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import CorrectionConfig, SampleConfig, SamplesConfig
+from dpt_t2i.files import save_picture
 from dpt_t2i.sampling.generate import generate, jobs_of
+from dpt_t2i.sampling.schedulers import check_steps
 from dpt_t2i.sampling.scoring import MatchScorer
 
 FOLDER = "samples"
@@ -41,6 +43,7 @@ class Samples:
         settings: SamplesConfig,
         folder: Path,
     ) -> None:
+        check_steps(backbone, settings.sample_steps, "sample_steps")
         self.backbone, self.adapter, self.taps, self.folder = backbone, adapter, taps, folder
         self.jobs = jobs_of(prompts, [0])
         self.settings = SampleConfig(
@@ -65,7 +68,7 @@ class Samples:
         self.backbone.denoiser.train(was_training)
         path = self.folder / FOLDER / f"step-{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet([job.prompt for job in self.jobs], columns).save(path)
+        save_picture(sheet([job.prompt for job in self.jobs], columns), path)
         figures = {"lora_norm": lora_change(self.backbone), "image_change": _difference(self._base, columns["tuned"])}
         log.info(
             "step %d: the LoRA changes its weights by %.3g %%, the images by %.3g of 255 levels; %s",

@@ -22,7 +22,7 @@ from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import load_backbone, resolve_device
 from dpt_t2i.backbones.taps import parse_fusion
 from dpt_t2i.backbones.types import Tap
-from dpt_t2i.config import ProbeConfig, TrainConfig, TuneConfig, save_config
+from dpt_t2i.config import AdapterConfig, ProbeConfig, TrainConfig, TuneConfig, save_config
 from dpt_t2i.data.buckets import sort_into_buckets
 from dpt_t2i.data.examples import Examples, View
 from dpt_t2i.data.perturb import perturb
@@ -88,13 +88,14 @@ def set_up(config: StageConfig) -> Setup:
     backbone = load_backbone(model.pretrained_model_name_or_path, model.revision, str(accelerator.device), model.dtype)
     backbone.keep_hashes()  # the base is frozen: one reading does for every checkpoint
     _prepare_denoiser(backbone, settings, accelerator)
-    _check_timesteps(backbone, settings)
+    _check_timesteps(backbone, config)
     taps, fusion = backbone.parse_taps(tap), parse_fusion(tap)
     restored, metadata = None, dict[str, Any]()
     if model.adapter not in (None, "none"):
         keep = config.folder / "start" / "grounding_text"
         with accelerator.main_process_first():  # which writes what is kept; the others find it there
             restored, metadata = restore_start(str(model.adapter), backbone, taps, config.adapter, fusion, keep)
+        _tell_sizes(config.adapter, restored.config)
         config = config.model_copy(update={"adapter": restored.config})  # its own sizes hold, whatever was asked for
     elif fusion is not None:
         fused = {"fusion_channels": fusion[0], "fusion_size": fusion[1]}
@@ -222,13 +223,31 @@ def _check_rate(settings: TrainConfig) -> None:
         )
 
 
-def _check_timesteps(backbone: Backbone, settings: TrainConfig) -> None:
-    low, high = settings.min_timestep, settings.max_timestep
+def _check_timesteps(backbone: Backbone, config: ProbeConfig | TuneConfig) -> None:
+    low, high = config.train.min_timestep, config.train.max_timestep
     if not low <= high < backbone.num_train_timesteps:
         raise InputError(
             f"timesteps {low} to {high}: min_timestep must not be above max_timestep, nor that above the model's last, "
             f"{backbone.num_train_timesteps - 1}"
         )
+    if not isinstance(config, TuneConfig):
+        return
+    denoise, distill = config.denoise, config.distill
+    for name, weight, lowest in (
+        ("denoise_itm_min_timestep", denoise.denoise_itm_coef, denoise.denoise_itm_min_timestep),
+        ("denoise_dpo_min_timestep", denoise.denoise_dpo_coef, denoise.denoise_dpo_min_timestep),
+        ("distill_min_timestep", distill.distill_coef, distill.distill_min_timestep),
+    ):
+        if weight and lowest > high:
+            raise InputError(f"{name} {lowest} is above max_timestep {high}: that loss would be 0 for ever; lower it")
+
+
+def _tell_sizes(asked: AdapterConfig, found: AdapterConfig) -> None:
+    """Settings of an adapter that are given and are not those of the one to start from, which keeps its own."""
+    plain = AdapterConfig()
+    for name, value in asked:
+        if value != getattr(plain, name) and value != getattr(found, name):
+            log.warning("%s %s is not used: the adapter to start from has %s", name, value, getattr(found, name))
 
 
 def _check_widths(adapter: DiscriminativeAdapter, backbone: Backbone, text_dim: int) -> None:
