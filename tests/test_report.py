@@ -49,6 +49,8 @@ def test_both_stages_leave_a_card_in_their_run_folder(tmp_path):
     probe(build_config(ProbeConfig, overrides=common | {"output_dir": tmp_path / "probe"}))
     more = {"adapter": str(tmp_path / "probe"), "output_dir": tmp_path / "tune", "sample_every": 0}
     tune(build_config(TuneConfig, overrides=common | more | {"gradient_accumulation_steps": 1}))
+    written = build_config(TuneConfig, tmp_path / "tune" / "config.yaml")
+    assert written.model.tap == "up1"  # nobody gave it: the paper's, and then that of the adapter
     cards = {stage: (tmp_path / stage / "README.md").read_text() for stage in ("probe", "tune")}
     assert "load_lora_weights" in cards["tune"] and "load_lora_weights" not in cards["probe"]
     assert all("| `seed` | 0 |" in card and str(tmp_path) not in card for card in cards.values())
