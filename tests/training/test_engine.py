@@ -554,12 +554,13 @@ def test_a_best_found_behind_its_checkpoint_lets_the_former_best_go(tmp_path, ac
     assert [step for step, _ in checkpoints(tmp_path)] == [4]
 
 
-def test_samples_that_fail_end_no_run(tmp_path, accelerator, caplog):
+@pytest.mark.parametrize("error", [InputError("a score is NaN"), RuntimeError("out of memory"), OSError("no room")])
+def test_samples_that_fail_end_no_run(tmp_path, accelerator, caplog, error):
     def failing(step):
-        raise InputError("the gradient of the score is NaN")
+        raise error
 
     train(replace(job(tmp_path), sample=failing, sample_every=2), accelerator)
-    assert "step 2: no samples: the gradient of the score is NaN" in caplog.text
+    assert f"step 2: no samples: {error}" in caplog.text
     assert [step for step, _ in checkpoints(tmp_path)] == [4]
 
 
