@@ -108,8 +108,10 @@ class View:
         """
         record = records[row]
         caption = record.captions[int(rng.integers(len(record.captions)))]
-        if record.negative_image is not None:
-            caption = record.captions[0]  # of the others nobody says that they are false of that picture
+        if record.negative_image is not None and len(record.captions) > 1:  # of the first alone is it said to be false
+            caption = record.captions[0] if rng.random() < 0.5 else caption
+            if caption != record.captions[0]:
+                record = replace(record, negative_image=None, more_negative_images=())
         if self.alone:
             return self._picture(record, row, caption, rng, size)
         expression = _choose(record.expressions, rng)
