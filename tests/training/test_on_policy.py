@@ -13,6 +13,7 @@ from torch import nn
 from dpt_t2i.config import ItmRecConfig, SampleConfig
 from dpt_t2i.data.examples import Batch, Examples, collate
 from dpt_t2i.data.records import Expression, Record
+from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.generate import Job
 from dpt_t2i.training import on_policy
 from dpt_t2i.training.on_policy import OnPolicy
@@ -64,12 +65,18 @@ def batch_of(positions: Sequence[int]) -> Batch:
     return collate([EXAMPLES[position] for position in positions])
 
 
-def policy(fraction: float, every: int = 100, pool: int = 5, seed: int = 0) -> OnPolicy:
-    loss = ItmRecConfig(on_policy_fraction=fraction, on_policy_every=every, on_policy_pool=pool)
-    backbone: Any = SimpleNamespace(denoiser=nn.Linear(1, 1))
+def policy(fraction: float, every: int = 100, pool: int = 5, seed: int = 0, steps: int = 20) -> OnPolicy:
+    loss = ItmRecConfig(on_policy_fraction=fraction, on_policy_every=every, on_policy_pool=pool, on_policy_steps=steps)
+    scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
+    backbone: Any = SimpleNamespace(name="toy", denoiser=nn.Linear(1, 1), pipeline=SimpleNamespace(scheduler=scheduler))
     made = OnPolicy.of(loss, backbone, EXAMPLES, seed)
     assert made is not None
     return made
+
+
+def test_more_steps_than_timesteps_are_refused_before_training():
+    with pytest.raises(InputError, match="on_policy_steps 1001: base `toy` has 1000 timesteps"):
+        policy(1.0, steps=1001)
 
 
 def test_no_fraction_no_policy():
