@@ -64,9 +64,10 @@ def test_seeds_that_cannot_be_read_are_refused_before_anything_is_removed(base, 
     settings = {"pretrained_model_name_or_path": str(base), "seeds": "foo", "output_dir": tmp_path}
     (tmp_path / ".demo").touch()
     (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "kept").touch()
     with pytest.raises(InputError, match="seeds `foo`"):
         run_demo(build_config(DemoConfig, overrides=settings))
-    assert (tmp_path / "probe").is_dir()
+    assert (tmp_path / "probe" / "kept").is_file()
 
 
 def test_a_stopped_demo_does_not_advise_to_go_on_with_its_stage(base, tmp_path, monkeypatch):
