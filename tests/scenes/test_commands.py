@@ -51,9 +51,13 @@ def test_an_export_that_was_stopped_begins_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "render", stop)
     with pytest.raises(KeyboardInterrupt):
         export_scenes(tmp_path / "out", n=3)
-    assert not (tmp_path / "out").exists()
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == [".partial"]
     export_scenes(tmp_path / "out", n=3)
-    assert len(list((tmp_path / "out").glob("*.png"))) == 3 and list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir() if entry.suffix != ".png") == [
+        "metadata.jsonl",
+        "negatives",
+    ]
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):

@@ -108,11 +108,8 @@ def _read(row: Row, things: Sequence[Row]) -> tuple[_Picture, str, list[Expressi
     if boxes:
         check_inside(boxes, image_size(row))
     spans = tuple(_span(thing, caption) for thing in things)
-    return (
-        (_picture(row), text(row["file_name"], "file_name")),
-        caption,
-        [Expression(caption, spans, boxes)] if boxes else [],
-    )
+    picture = _picture(row), text(row["file_name"], "file_name")
+    return picture, caption, [Expression(caption, spans, boxes)] if boxes else []
 
 
 def _span(thing: Row, caption: str) -> tuple[int, int]:

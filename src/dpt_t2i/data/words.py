@@ -82,9 +82,7 @@ FLIPS = {
     "next to": "far from", "beside": "far from", "close to": "far from", "far from": "close to",
     "towards": "away from", "toward": "away from", "away from": "towards",
 }  # fmt: skip
-BARE_SIDES = {
-    f"{preposition} the {side}" for preposition in ("on", "to") for side in ("left", "right")
-}  # of nothing named
+BARE_SIDES = {"on the left", "on the right", "to the left", "to the right"}  # of nothing that is named
 BEFORE_A_THING = {  # flipped only before a determiner: "over the hill", not "all over", "turned over"
     "over": "under", "under": "over", "inside": "outside", "outside": "inside", "into": "out of", "out of": "into",
     "near": "far from",

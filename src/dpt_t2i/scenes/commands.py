@@ -46,9 +46,9 @@ def export_scenes(output_dir: Path, n: int, seed: int = 0, size: int = 64, split
     """
     if n < 1 or size < 16:
         raise InputError(f"--n must be at least 1 and --size at least 16, got {n} and {size}")
-    if output_dir.is_dir() and any(output_dir.iterdir()):
+    unfinished = output_dir / ".partial"  # so that one that was stopped can begin anew
+    if output_dir.is_dir() and any(entry != unfinished for entry in output_dir.iterdir()):
         raise InputError(f"{output_dir} is not empty, and its metadata would be replaced; give a new folder")
-    unfinished = output_dir.with_name(f"{output_dir.name}.partial")  # so that one that was stopped can begin anew
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "negatives").mkdir(parents=True)
     lines = []
@@ -74,9 +74,9 @@ def export_scenes(output_dir: Path, n: int, seed: int = 0, size: int = 64, split
         }
         lines.append(json.dumps(row))
     (unfinished / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if output_dir.is_dir():
-        output_dir.rmdir()
-    os.replace(unfinished, output_dir)
+    for entry in sorted(unfinished.iterdir(), key=lambda entry: entry.suffix == ".jsonl"):  # the metadata last
+        os.replace(entry, output_dir / entry.name)
+    unfinished.rmdir()
     return {"output_dir": str(output_dir), "n": n, "summary": [f"{n} examples of split {split}, {size} px"]}
 
 
