@@ -1,6 +1,7 @@
 """The `dpt` command: arguments -> config -> one call, with the work itself replaced."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -282,6 +283,45 @@ def test_a_place_that_cannot_be_written_is_the_users(
     work(PROBE, fail)
     assert cli.main(["probe"]) == expected
     assert ("Traceback" in capsys.readouterr().err) == (expected == 1)
+
+
+@pytest.mark.parametrize("readable, verb", [(False, "read"), (True, "write")])
+def test_a_file_that_may_not_be_read_is_told_so(
+    readable: bool,
+    verb: str,
+    tmp_path: Path,
+    work: Callable[..., Work],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "a.png").touch()
+
+    def fail() -> dict[str, Any]:
+        monkeypatch.setattr(os, "access", lambda place, mode: readable or mode != os.R_OK)
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "a.png"))
+
+    work(PROBE, fail)
+    assert cli.main(["probe"]) == 2
+    assert capsys.readouterr().err == f"error: cannot {verb} {tmp_path / 'a.png'}: Permission denied\n"
+
+
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
+def test_a_result_that_nobody_can_take_is_one_line(
+    json_flag: list[str],
+    work: Callable[..., Work],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Full(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    work(PROBE, lambda: {"accuracy": 0.5})
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert cli.main(["probe", "--output_dir", "runs/mine", *json_flag]) == 2
+    assert sys.stdout is None  # nothing is left that Python would try to write when it ends
+    told = "cannot write the result to standard output: No space left on device; all that was made is in runs/mine"
+    assert capsys.readouterr().err == f"error: {told}\n"
 
 
 @pytest.mark.parametrize("said, expected", [("No space left on device (os error 28)", 2), ("header is wrong", 1)])

@@ -145,3 +145,11 @@ def test_what_is_left_empty_in_a_file_is_as_if_left_out(tmp_path: Path) -> None:
     assert build_config(GenerateConfig, written(tmp_path, "prompt: null\n")).prompt == ()
     with pytest.raises(InputError, match="`output_dir` is empty; give a path, or leave it out"):
         build_config(GenerateConfig, None, {"output_dir": ""})
+
+
+def test_a_section_knows_what_was_given_even_at_its_default() -> None:
+    config = build_config(GenerateConfig, overrides={"correction_end": "1.0", "seeds": "0"})
+    assert config == GenerateConfig()
+    assert config.model_fields_set == {"correction", "seeds"}
+    assert config.correction.model_fields_set == {"correction_end"}
+    assert config.search.model_fields_set == set()

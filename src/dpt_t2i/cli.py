@@ -31,12 +31,13 @@ from dpt_t2i.errors import InputError, Stopped, stopping_on_signals, writing_to
 # hyphen = underscore in every flag
 SETTINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120}
 
-# (command, flag that it does not have) -> what is meant, where that is spelt otherwise
-MEANT = {
-    ("generate", "--resolution"): "`--height` and `--width`",
-    ("score", "--timesteps"): "`--score_timestep`",
-    ("inspect", "--dataset"): "`--path`",
-    ("inspect", "--data_format"): "`--format`",
+# (command, flag that it does not have) -> what to do instead, where that is spelt otherwise or there is nothing to say
+INSTEAD = {
+    ("generate", "--resolution"): "did you mean `--height` and `--width`?",
+    ("score", "--timesteps"): "did you mean `--score_timestep`?",
+    ("inspect", "--dataset"): "did you mean `--path`?",
+    ("inspect", "--data_format"): "did you mean `--format`?",
+    ("export", "--device"): "files are all it reads and writes, on the CPU",
 }
 
 ConfigFile = Annotated[
@@ -184,10 +185,15 @@ def _perform(
         result = work(*positional, **named)
     if not _is_first_process():
         return
-    if as_json:
-        typer.echo(json.dumps(_plain(result), allow_nan=False))
-    else:
-        _tell(result, output_dir)
+    try:
+        if as_json:
+            typer.echo(json.dumps(_plain(result), allow_nan=False))
+        else:
+            _tell(result, output_dir)
+    except OSError as error:  # the work is done; whoever reads on may have left (`dpt ... | head`)
+        sys.stdout = None  # nor try once more at the end
+        kept = f"; all that was made is in {output_dir}" if output_dir is not None and output_dir != Path() else ""
+        raise InputError(f"cannot write the result to standard output: {error.strerror}{kept}") from error
 
 
 def _tell(result: Mapping[str, Any], output_dir: Path | None) -> None:
@@ -264,8 +270,7 @@ def _usage_message(error: typer.TyperException) -> str:
         return f"{message}; see `{context.command_path} --help`" if context and message[-1:] != "?" else message
     nearest = f"did you mean `{error.possibilities[0]}`?" if error.possibilities else "--help lists the flags"
     context = getattr(error, "ctx", None)
-    if meant := MEANT.get((str(context and context.info_name), str(option))):
-        nearest = f"did you mean {meant}?"
+    nearest = INSTEAD.get((str(context and context.info_name), str(option)), nearest)
     return f"unknown option `{option}`; {nearest}"
 
 

@@ -88,7 +88,7 @@ def writing_to(output_dir: Path | None) -> Iterator[None]:
     except OSError as error:
         if not _is_unwritable(error, output_dir):
             raise
-        raise InputError(f"cannot write {error.filename or output_dir}: {error.strerror}") from error
+        raise InputError(f"cannot {_denied(error)} {error.filename or output_dir}: {error.strerror}") from error
     except Exception as error:
         # safetensors tells what the disk said in its own class of error, which is no OSError
         said = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
@@ -106,6 +106,12 @@ def _check_place(output_dir: Path) -> None:
         raise InputError(f"cannot write {output_dir}: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"cannot write {output_dir}: no permission in {place}")
+
+
+def _denied(error: OSError) -> str:
+    """`read` where that is what the system refuses for this file, else `write`."""
+    there = isinstance(error.filename, str) and os.path.exists(error.filename)
+    return "read" if there and error.errno == errno.EACCES and not os.access(error.filename, os.R_OK) else "write"
 
 
 def _is_unwritable(error: OSError, output_dir: Path | None) -> bool:

@@ -152,3 +152,11 @@ def test_a_misspelt_key_and_the_other_part_are_told(tmp_path):
         ]
     }
     assert result["summary"][-1] == f"of the part `train` alone; --split val looks at {tmp_path / 'val'}"
+
+
+def test_a_flat_folder_asked_for_its_val_part_says_that_it_has_none(tmp_path):
+    flat(3).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "captions": ["a"]}))
+    for split, told in (("train", False), ("val", True)):
+        result = run_inspect(InspectConfig(path=str(tmp_path), split=split, output_dir=tmp_path / "out"))
+        assert any(f"{tmp_path} has no folder `val`" in line for line in result["summary"]) == told

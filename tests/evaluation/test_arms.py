@@ -149,6 +149,11 @@ def test_the_strength_that_is_stored_with_the_adapter_is_the_default(base: Path,
     sparse = config(base, correction=CorrectionConfig(correction_every=3))
     expected = CorrectionConfig(**stored, correction_every=3)  # type: ignore[arg-type]
     assert recipe_of(ARMS["dpt_correct"], sparse).settings.correction == expected
+    path = {"pretrained_model_name_or_path": str(base)}
+    to_default = build_config(AlignmentConfig, overrides=path | {"correction_rule": "fixed"})
+    assert recipe_of(ARMS["dpt_correct"], to_default).settings.correction == CorrectionConfig(correct=0.03)
+    with pytest.raises(InputError, match="^correct is 0, which leaves the corrected arms uncorrected"):
+        recipe_of(ARMS["dpt_correct"], build_config(AlignmentConfig, overrides=path | {"correct": "0"}))
     save_adapter(model.adapter, folder, base_fingerprint={}, metadata={"correction": {"correct": -1}})
     with pytest.raises(InputError, match="stored `correction` is not valid"):
         recipe_of(ARMS["dpt_correct"], none_given)

@@ -18,7 +18,7 @@ from dpt_t2i.training import tune as tune_module
 from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.setup import set_up
 from dpt_t2i.training.trackers import read_metrics
-from dpt_t2i.training.tune import run_tune
+from dpt_t2i.training.tune import _tell_unread, run_tune
 
 
 def weights(folder):
@@ -198,6 +198,20 @@ def test_matching_by_the_error_needs_no_adapter_and_the_next_run_goes_on_from_it
 def test_a_weight_that_does_not_go_with_the_objective(tune_config, objective, weight, message):
     with pytest.raises(InputError, match=message):
         run_tune(tune_config(objective=objective, **weight))
+
+
+def test_settings_that_change_nothing_are_told(tune_config, caplog):
+    _tell_unread(tune_config(mse_loss_coef=3.0, denoise_itm_coef=1.0, denoise_itm_min_timestep=0))
+    assert caplog.messages == []
+    _tell_unread(tune_config(distill_strength=0.5, denoise_itm_min_timestep=0, denoise_dpo_temperature=0.2))
+    assert caplog.messages == [
+        "distill_coef is 0, so it does not read distill_strength",
+        "denoise_itm_coef is 0, so it does not read denoise_itm_min_timestep",
+        "denoise_dpo_coef is 0, so it does not read denoise_dpo_temperature",
+    ]
+    caplog.clear()
+    _tell_unread(tune_config(objective="denoise_only", itm_coef=2.0, giou_coef=1.0))
+    assert caplog.messages == ["objective denoise_only has no ITM and REC, so it does not read itm_coef, giou_coef"]
 
 
 def test_preference_alone_is_an_objective(tune_config):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -96,13 +96,25 @@ def build_config(
     for path, value in given.items():
         _place(tree, path, value)
     try:
-        return config.model_validate(tree)
+        built = config.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:  # keys that are each right and do not go together
             raise InputError(str(first["ctx"]["error"])) from error
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"config key `{where}`: {first['msg']} (got {first['input']!r})") from error
+    _tell_given(built, given)
+    return built
+
+
+def _tell_given(config: Section, given: Collection[str], prefix: str = "") -> None:
+    """Let `model_fields_set` of each section say what was given, at its default value or another."""
+    for name, value in config:
+        path = f"{prefix}{name}."
+        if isinstance(value, Section):
+            _tell_given(value, given, path)
+        if not any(f"{key}.".startswith(path) for key in given):
+            config.model_fields_set.discard(name)
 
 
 def save_config(config: Section, path: Path) -> None:

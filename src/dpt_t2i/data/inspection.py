@@ -15,7 +15,7 @@ from PIL import Image
 
 from dpt_t2i.config import DataConfig, InspectConfig
 from dpt_t2i.data.faults import Faults
-from dpt_t2i.data.imagefolder import misspelt_keys
+from dpt_t2i.data.imagefolder import METADATA, misspelt_keys
 from dpt_t2i.data.index import RecordIndex
 from dpt_t2i.data.records import Record
 from dpt_t2i.data.scenes import SceneRecords
@@ -70,6 +70,8 @@ def run_inspect(config: InspectConfig) -> dict[str, Any]:
     file = config.output_dir / "inspection.json"
     write_text(file, json.dumps(result, indent=1) + "\n")
     lines = [*_lines(result), f"contact sheet: {sheet}"]
+    if config.split == "val" and not (Path(config.path) / "val").is_dir() and (Path(config.path) / METADATA).is_file():
+        lines.append(f"all of its records: {config.path} has no folder `val`, so training holds out the last ones")
     if elsewhere.is_dir():
         lines.append(f"of the part `{config.split}` alone; --split {other} looks at {elsewhere}")
     return result | {"summary": lines}

@@ -213,13 +213,15 @@ def _correction(config: AlignmentConfig, adapter: Path | None) -> CorrectionConf
     is as given: a strength means another thing under another rule."""
     if config.correction.correct > 0:
         return config.correction
+    given = config.correction.model_dump(exclude_unset=True)  # a value that is the default counts where it was given
+    if "correct" in given:
+        raise InputError("correct is 0, which leaves the corrected arms uncorrected; give a strength, or leave it out")
     stored = read_adapter_card(adapter)["metadata"].get("correction") if adapter is not None else None
     if not stored:
         raise InputError(
             f"no correction strength: adapter {adapter} has none stored; give --correct, for instance 0.05 with "
             "--correction_rule relative"
         )
-    given = config.correction.model_dump(exclude_defaults=True)
     try:
         return CorrectionConfig.model_validate({**stored, **given})
     except ValidationError as error:

@@ -137,7 +137,7 @@ def write_merged(
     if folder.exists():
         folder.rmdir()
     os.replace(unfinished, folder)
-    return [folder / "model_index.json"]
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def change_of(layer: LoraLayer) -> Tensor:

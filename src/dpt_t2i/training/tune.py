@@ -8,6 +8,7 @@ is between the two: matching or preference by the denoising error, and no adapte
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from dpt_t2i.backbones.lora import add_lora, load_lora, lora_sizes, save_lora
 from dpt_t2i.backbones.types import Tap
-from dpt_t2i.config import LoraSettings, TuneConfig
+from dpt_t2i.config import LoraSettings, Section, TuneConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import ema
 from dpt_t2i.training.distill import Teacher
@@ -31,6 +32,8 @@ from dpt_t2i.training.setup import Setup, set_up, store_adapter, write_config
 from dpt_t2i.training.sharding import sharding_asked
 from dpt_t2i.training.windows import Feed
 
+log = logging.getLogger(__name__)
+
 
 def run_tune(config: TuneConfig) -> dict[str, Any]:
     """Train LoRA (and adapter); the run folder gets `pytorch_lora_weights.safetensors`, `adapter/`, metrics.
@@ -43,6 +46,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     if discriminative and config.model.adapter in (None, "none"):
         raise InputError("`dpt tune` starts from stage 1: give --adapter RUN/adapter of a `dpt probe` run")
     _check_weights(config)
+    _tell_unread(config)
     setup = set_up(config)
     config = _put_lora(config, setup)
     cut = _cut_of(config, setup)
@@ -143,6 +147,26 @@ def _check_weights(config: TuneConfig) -> None:
         raise InputError(
             f"objective {config.objective} has no teacher: leave out distill_coef, or set objective to dpt"
         )
+
+
+def _tell_unread(config: TuneConfig) -> None:
+    """Warn of weights and their settings that change nothing in this run, where they are not at their default."""
+    off: list[tuple[str, Section, str]] = []
+    if config.objective != "dpt":
+        off.append((f"objective {config.objective} has no ITM and REC", config.loss, ""))
+    switched: tuple[tuple[Section, str], ...] = (
+        (config.distill, "distill"),
+        (config.denoise, "denoise_itm"),
+        (config.denoise, "denoise_dpo"),
+    )
+    for section, prefix in switched:
+        if getattr(section, f"{prefix}_coef") == 0:
+            off.append((f"{prefix}_coef is 0", section, prefix))
+    for why, section, prefix in off:
+        plain = type(section)()
+        names = [name for name, value in section if name.startswith(prefix) and value != getattr(plain, name)]
+        if names:
+            log.warning("%s, so it does not read %s", why, ", ".join(names))
 
 
 def _samples(config: TuneConfig, setup: Setup) -> Samples:
