@@ -37,7 +37,7 @@ INSTEAD = {
     ("score", "--timesteps"): "did you mean `--score_timestep`?",
     ("inspect", "--dataset"): "did you mean `--path`?",
     ("inspect", "--data_format"): "did you mean `--format`?",
-    ("export", "--device"): "files are all it reads and writes, on the CPU",
+    ("export", "--device"): "files are all it reads and writes, by the CPU alone",
 }
 
 ConfigFile = Annotated[

@@ -285,6 +285,8 @@ def test_a_folder_stands_for_its_one_file_and_an_adapters_folder_is_told_from_a_
     (tmp_path / "adapter" / "config.json").write_text("{}")
     (tmp_path / "run" / "adapter").mkdir()
     assert lora_file(tmp_path / "named") == tmp_path / "named" / "sd-dpt.safetensors"
+    (tmp_path / "named" / "adapter").mkdir()  # as `dpt export --format kohya` leaves it
+    assert lora_file(tmp_path / "named") == tmp_path / "named" / "sd-dpt.safetensors"
     with pytest.raises(InputError, match="name one of its 2 .safetensors files"):
         lora_file(tmp_path / "two")
     for folder in ("run", "adapter"):

@@ -1,6 +1,7 @@
 """The table of arms, and what each needs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,7 +141,7 @@ def test_the_strength_that_is_stored_with_the_adapter_is_the_default(base: Path,
     save_adapter(model.adapter, folder, base_fingerprint={})
     with pytest.raises(InputError, match="no correction strength"):
         recipe_of(ARMS["dpt_correct"], none_given)
-    stored = {"correct": 0.03, "correction_rule": "relative"}
+    stored: dict[str, Any] = {"correct": 0.03, "correction_rule": "relative"}
     save_adapter(model.adapter, folder, base_fingerprint={}, metadata={"correction": stored})
     assert recipe_of(ARMS["dpt_correct"], none_given).settings.correction == CorrectionConfig(**stored)  # type: ignore[arg-type]
     assert recipe_of(ARMS["dpt_correct"], config(base)).settings.correction.correct == 0.1
@@ -150,8 +151,13 @@ def test_the_strength_that_is_stored_with_the_adapter_is_the_default(base: Path,
     expected = CorrectionConfig(**stored, correction_every=3)  # type: ignore[arg-type]
     assert recipe_of(ARMS["dpt_correct"], sparse).settings.correction == expected
     path = {"pretrained_model_name_or_path": str(base)}
-    to_default = build_config(AlignmentConfig, overrides=path | {"correction_rule": "fixed"})
-    assert recipe_of(ARMS["dpt_correct"], to_default).settings.correction == CorrectionConfig(correct=0.03)
+    stored["correction_end"] = 0.5
+    save_adapter(model.adapter, folder, base_fingerprint={}, metadata={"correction": stored})
+    to_default = build_config(AlignmentConfig, overrides=path | {"correction_end": "1"})
+    whole_way = CorrectionConfig(correct=0.03, correction_rule="relative")
+    assert recipe_of(ARMS["dpt_correct"], to_default).settings.correction == whole_way
+    with pytest.raises(InputError, match="is of another correction_rule; give correct too"):
+        recipe_of(ARMS["dpt_correct"], build_config(AlignmentConfig, overrides=path | {"correction_rule": "fixed"}))
     with pytest.raises(InputError, match="^correct is 0, which leaves the corrected arms uncorrected"):
         recipe_of(ARMS["dpt_correct"], build_config(AlignmentConfig, overrides=path | {"correct": "0"}))
     save_adapter(model.adapter, folder, base_fingerprint={}, metadata={"correction": {"correct": -1}})

@@ -301,6 +301,8 @@ def test_settings_come_from_the_call_then_from_the_adapters_folder(tmp_path):
     save_adapter(adapter, tmp_path / "a", base_fingerprint=fingerprint, metadata={"correction": stored})
     assert SelfCorrection(pipeline, tmp_path / "a").config == CorrectionConfig(**stored)
     assert SelfCorrection(pipeline, adapter).config == CorrectionConfig(**stored), "in memory too"
+    with pytest.raises(InputError, match="stored with the adapter is of another correction_rule; give `correct` too"):
+        SelfCorrection(pipeline, tmp_path / "a", correction_rule="fixed")
     for name in ("correct", "correction_factor"):  # a strength that is given means what it says
         assert SelfCorrection(pipeline, adapter, **{name: 0.5}).config == CorrectionConfig(correct=0.5)
     assert SelfCorrection(pipeline, str(tmp_path / "a"), correction_every=3).config.correction_every == 3
@@ -472,3 +474,11 @@ def test_more_prompts_than_the_call_draws_are_refused_though_the_guided_batch_ha
             run(pipeline, ["a star"])
     with correction.hooked(PROMPTS):  # without guidance a row is an image
         run(pipeline, guidance=1.0)
+
+
+def test_more_images_than_were_told_are_refused_where_nothing_is_guided():
+    """One prompt told, two images drawn: the second image's state is not the first's."""
+    pipeline, correction = corrected_pipeline()
+    with pytest.raises(InputError, match="makes 2 images, but self-correction was told of 1"):
+        with correction.hooked(PROMPTS[:1]):
+            run(pipeline, guidance=1.0)

@@ -169,10 +169,11 @@ def lora_file(path: Path) -> Path:
     if file.is_file():
         return file
     others = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    if (path / "config.json").is_file() or (path / "adapter").is_dir():
+    is_adapter, has_adapter = (path / "config.json").is_file(), (path / "adapter").is_dir()
+    if is_adapter or (has_adapter and not others):
         raise InputError(f"{path} holds an adapter and no LoRA; give it as --adapter, with --lora none")
     if len(others) == 1:
-        return others[0]  # one that another tool named
+        return others[0]  # one that another tool named, or `dpt export --format kohya` beside its adapter
     mend = f"give a {LORA_FILE} or the folder that holds it"
     if others:
         mend = f"name one of its {len(others)} .safetensors files"

@@ -149,6 +149,11 @@ class DenoiserHook:
         def moving(output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             moved, self._moved = self._moved, None
             if moved is not None:
+                if moved.shape != sample.shape:
+                    raise InputError(
+                        f"the pipeline makes {len(sample)} images, but self-correction was told of {len(moved)}; give "
+                        "`hooked` the prompts and `num_images_per_prompt` of the call"
+                    )
                 sample = move_state(scheduler, sample.float(), moved, timestep).to(sample.dtype)
             return step(output, timestep, sample, *args, **kwargs)
 

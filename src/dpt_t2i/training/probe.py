@@ -156,7 +156,7 @@ def finish(setup: Setup) -> None:
 def result(folder: Path, figures: dict[str, float], best_metric: str | None) -> dict[str, Any]:
     """What the command prints."""
     lines = [f"{name:10s} {value:.3f}" for name, value in figures.items()]
-    lines.insert(0, "held-out, t = 500:" if lines else "nothing was left to train")
+    lines.insert(0, "held-out, t = 500:" if lines else "no held-out figure")
     rows = read_metrics(folder / METRICS)
     best = best_step({row["step"]: row for row in rows if row["split"] == "val"}, best_metric)
     if best is not None:
