@@ -156,7 +156,7 @@ def test_the_strength_that_is_stored_with_the_adapter_is_the_default(base: Path,
     to_default = build_config(AlignmentConfig, overrides=path | {"correction_end": "1"})
     whole_way = CorrectionConfig(correct=0.03, correction_rule="relative")
     assert recipe_of(ARMS["dpt_correct"], to_default).settings.correction == whole_way
-    with pytest.raises(InputError, match="is of another correction_rule; give correct too"):
+    with pytest.raises(InputError, match="is of another correction_rule; give `correct` too"):
         recipe_of(ARMS["dpt_correct"], build_config(AlignmentConfig, overrides=path | {"correction_rule": "fixed"}))
     with pytest.raises(InputError, match="^correct is 0, which leaves the corrected arms uncorrected"):
         recipe_of(ARMS["dpt_correct"], build_config(AlignmentConfig, overrides=path | {"correct": "0"}))

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dpt_t2i.errors import InputError
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -374,6 +376,17 @@ class CorrectionConfig(Section):
     correction_fused: bool = Field(
         False, description="take the gradient from the pass that predicts the noise; it moves the next latent instead"
     )
+
+    @classmethod
+    def check_rule(cls, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        """A strength that is stored with an adapter is one of the rule stored beside it.
+
+        Raises:
+            InputError: another rule is given, and no strength.
+        """
+        rule = stored.get("correction_rule", cls().correction_rule)
+        if stored and "correct" not in given and given.get("correction_rule", rule) != rule:
+            raise InputError("the strength stored with the adapter is of another correction_rule; give `correct` too")
 
 
 class SearchConfig(Section):

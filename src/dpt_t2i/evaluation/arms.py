@@ -222,9 +222,7 @@ def _correction(config: AlignmentConfig, adapter: Path | None) -> CorrectionConf
             f"no correction strength: adapter {adapter} has none stored; give --correct, for instance 0.05 with "
             "--correction_rule relative"
         )
-    rule = given.get("correction_rule")
-    if rule is not None and rule != stored.get("correction_rule", CorrectionConfig().correction_rule):
-        raise InputError(f"the strength stored with adapter {adapter} is of another correction_rule; give correct too")
+    CorrectionConfig.check_rule(stored, given)
     try:
         return CorrectionConfig.model_validate({**stored, **given})
     except ValidationError as error:

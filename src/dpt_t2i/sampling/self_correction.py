@@ -71,9 +71,7 @@ class SelfCorrection:
         given = {resolve_key(CorrectionConfig, key) for key in settings}
         asks = adapter.origin is not None and "correct" not in given
         stored = (adapter.origin.metadata.get("correction") if asks and adapter.origin else None) or {}
-        rule = settings.get("correction_rule")
-        if stored and rule is not None and rule != stored.get("correction_rule", CorrectionConfig().correction_rule):
-            raise InputError("the strength stored with the adapter is of another correction_rule; give `correct` too")
+        CorrectionConfig.check_rule(stored, settings)
         self.config = build_config(CorrectionConfig, overrides={**stored, **settings})
         _check_settings(self.config)
         self.scorer = MatchScorer.of(self.backbone, adapter.requires_grad_(False))
