@@ -180,6 +180,7 @@ def test_scenes_call_their_functions(work: Callable[..., Work], capsys: pytest.C
         (["probe", "lerning_rate=1"], "did you mean `learning_rate`"),
         (["generate", "--resolution", "64"], "did you mean `--height` and `--width`?"),
         (["data", "inspect", "--dataset", "x"], "unknown option `--dataset`; did you mean `--path`?"),
+        (["export", "--device", "cpu"], "unknown option `--device`; files are all it reads and writes"),
         (["probe", "train.learning_rate"], "unexpected argument `train.learning_rate`"),
         (["prob"], "Did you mean 'probe'"),
         (["probe", "--learning_rate", "-1"], "`train.learning_rate`: Input should be greater than 0"),

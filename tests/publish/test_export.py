@@ -160,7 +160,9 @@ def test_a_run_is_exported_with_its_adapter_and_without_a_private_path(sd1: Fami
 def test_merged_is_a_stock_model_and_holds_the_adapter_for_it(
     sd1: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    export(sd1.base, tuned(sd1, tmp_path / "run"), tmp_path / "out", "merged")
+    answer = export(sd1.base, tuned(sd1, tmp_path / "run"), tmp_path / "out", "merged")
+    there = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert set(answer["files"]) == there and len(answer["files"]) == len(there)
     np.testing.assert_allclose(image_of(stock(tmp_path / "out")), sd1.image, atol=1e-5)
     caplog.clear()
     model = dpt_t2i.load(str(tmp_path / "out"), device="cpu")

@@ -15,7 +15,7 @@ from dpt_t2i.backbones.lora import add_lora, load_lora, save_lora
 from dpt_t2i.config import ProbeConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import setup
-from dpt_t2i.training.probe import run_probe
+from dpt_t2i.training.probe import result, run_probe
 from dpt_t2i.training.setup import set_up, store_adapter, write_config
 from tests.data import writers
 
@@ -214,3 +214,8 @@ def test_a_run_that_goes_on_otherwise_says_so_and_keeps_what_was(probe_config, c
     file.write_text("{broken")
     write_config(probe_config(resume_from_checkpoint="latest"))
     assert "learning_rate" in file.read_text()
+
+
+def test_a_run_without_held_out_figures_says_so(tmp_path):
+    assert result(tmp_path, {}, None)["summary"] == ["no held-out figure"]
+    assert result(tmp_path, {"itm_text": 0.5}, None)["summary"] == ["held-out, t = 500:", "itm_text   0.500"]
