@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpt_t2i.files import in_one_move, write_text
+from dpt_t2i.files import in_one_move, keep_copy, write_text
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -20,3 +20,13 @@ def test_an_error_leaves_what_was_there(tmp_path):
         raise RuntimeError
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "ü"
     assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_copies_are_kept_apart(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    for text in ("one", "two", "three"):
+        file.write_text(text)
+        keep_copy(file)
+    names = ["metrics.before-2.jsonl", "metrics.before-3.jsonl", "metrics.before.jsonl", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [(tmp_path / name).read_text() for name in names] == ["two", "three", "one", "three"]

@@ -36,6 +36,16 @@ def test_the_next_run_has_a_voice_of_its_own(
     assert capsys.readouterr().err.count("error: ") == 2
 
 
+def test_a_restart_under_the_same_launcher_has_a_voice_of_its_own(
+    launched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`torchrun --max_restarts`: new processes, the same parent."""
+    for attempt in ("0", "0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        cli.main(["probe", "--nope"])
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
 def test_alone_every_failure_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         cli.main(["probe", "--nope"])

@@ -253,7 +253,9 @@ def _is_first_to_fail() -> bool:
     parent = os.getppid()
     try:
         started = psutil.Process(parent).create_time()  # the number alone may be given again
-        (Path(tempfile.gettempdir()) / f"dpt-failed-{parent}-{started:.2f}").touch(exist_ok=False)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun --max_restarts: under the same parent
+        mark = f"dpt-failed-{parent}-{started:.2f}-{attempt}"
+        (Path(tempfile.gettempdir()) / mark).touch(exist_ok=False)
     except FileExistsError:
         return False
     except (OSError, psutil.Error):  # nowhere to leave a mark: rather say it twice

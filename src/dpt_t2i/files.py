@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,15 @@ def save_picture(image: Image, path: Path) -> None:
 
     with in_one_move(path) as unfinished:
         image.save(unfinished, format=registered_extensions()[path.suffix.lower()])
+
+
+def keep_copy(path: Path) -> Path:
+    """A copy beside `path` that nothing replaces: `metrics.before.jsonl`, the next time `metrics.before-2.jsonl`."""
+    names = (f"{path.stem}.before{'' if count == 1 else f'-{count}'}{path.suffix}" for count in itertools.count(1))
+    kept = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    with in_one_move(kept) as unfinished:
+        shutil.copyfile(path, unfinished)
+    return kept
 
 
 def write_text(path: Path, text: str) -> None:

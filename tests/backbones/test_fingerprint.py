@@ -116,3 +116,13 @@ def test_a_compiled_denoiser_is_the_same_base():
     plain = weights_hash(backbone.denoiser), lora_hash(backbone.denoiser)
     compiled = torch.compile(backbone.denoiser)  # at its first call; none here
     assert (weights_hash(compiled), lora_hash(compiled)) == plain
+
+
+def test_a_lora_has_one_hash_under_any_name_and_two_have_another():
+    def layer(*names):
+        module = torch.nn.Module()
+        module.lora_A = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(2)) for name in names})
+        return torch.nn.ModuleDict({"to_q": module})
+
+    assert lora_hash(layer("dpt")) == lora_hash(layer("default_0")) != lora_hash(layer("dpt", "default_0"))
+    assert lora_hash(torch.nn.Linear(1, 1)) is None

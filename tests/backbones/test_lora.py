@@ -18,6 +18,7 @@ from dpt_t2i.backbones.lora import (
     lora_disabled,
     lora_file,
     lora_parameters,
+    lora_scope,
     place_lora,
     read_lora_header,
     remove_lora,
@@ -292,3 +293,13 @@ def test_a_folder_stands_for_its_one_file_and_an_adapters_folder_is_told_from_a_
     for folder in ("run", "adapter"):
         with pytest.raises(InputError, match="holds an adapter and no LoRA; give it as --adapter, with --lora none"):
             lora_file(tmp_path / folder)
+
+
+@pytest.mark.parametrize("scope", ["all", "to_tap"])
+def test_the_scope_of_a_lora_can_be_told(scope):
+    backbone = tiny_backbone()
+    taps = backbone.parse_taps("bottom1")
+    assert lora_scope(backbone, taps) is None
+    add_lora(backbone, 2, scope=scope, taps=taps)
+    assert lora_scope(backbone, taps) == scope
+    assert lora_scope(backbone, backbone.parse_taps("bottom0")) == ("all" if scope == "all" else None)

@@ -194,3 +194,12 @@ def test_a_lora_beside_arms_of_the_plain_base_is_refused(base: Path) -> None:
         check_weights(settings.model_copy(update={"model": settings.model.model_copy(update={"lora": "mine"})}))
     with pytest.raises(InputError, match="^adapter is given, and none of the arms uses it; add --arms dpt$"):
         check_weights(settings.model_copy(update={"model": settings.model.model_copy(update={"adapter": "mine"})}))
+
+
+def test_a_correction_of_no_step_is_refused_before_anything_is_drawn(base: Path) -> None:
+    late = CorrectionConfig(correct=0.1, correction_start=0.99)
+    with pytest.raises(InputError, match="of 50 steps none is corrected between 0.99 and 1"):
+        check_weights(config(base, arms=("base", "dpt_correct"), correction=late))
+    fused = CorrectionConfig(correct=0.1, correction_fused=True, correction_mode="noise")
+    with pytest.raises(InputError, match="`correction_fused` moves the next latent and needs `correction_mode` state"):
+        check_weights(config(base, arms=("base", "dpt_correct"), correction=fused))

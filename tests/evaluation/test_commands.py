@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dpt_t2i.config import AlignmentConfig, DataConfig, DiscriminationConfig, ScoreConfig
+from dpt_t2i.config import AlignmentConfig, DataConfig, DiscriminationConfig, ScoreConfig, SearchConfig
 from dpt_t2i.data.records import Expression, Record
 from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation import commands
@@ -189,3 +189,13 @@ def test_a_result_of_other_settings_is_kept(loaded: list[tuple[Any, ...]], tmp_p
 def test_a_timestep_that_is_given_twice_counts_once(loaded: list[tuple[Any, ...]], tmp_path: Path) -> None:
     result = commands.run_itm(discrimination(tmp_path, timesteps=(100, 100)))
     assert result["timesteps"]["100"]["text"]["count"] == result["examples"]
+
+
+def test_a_noise_level_that_does_not_exist_ends_an_evaluation_before_its_first_arm(
+    loaded: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    search = SearchConfig(score_timestep=1000)
+    config = AlignmentConfig(output_dir=tmp_path, arms=("base", "dpt"), suite="dev", max_prompts=1, search=search)
+    with pytest.raises(InputError, match="score_timestep 1000 is not in 0..999"):
+        commands.run_alignment(config)
+    assert len(loaded) == 1 and not (tmp_path / "arms").exists()

@@ -107,6 +107,28 @@ def test_a_judge_that_prefers_no_prompt_is_named(monkeypatch, folders, tmp_path)
     assert set(result["warnings"]) <= set(result["summary"])
 
 
+def test_a_blind_judge_passes_by_no_luck_of_few_prompts():
+    """Right on every prompt: 4 of 4 could be chance in 1 of 16 cases, and in more of the best of three folders."""
+
+    def warned(prompts, folders, share=1.0):
+        told = {str(f): {"told_apart": {"mean": share}} for f in range(folders)}
+        return bool(image_scores._blind({"m": told}, prompts))
+
+    assert [warned(n, 1) for n in (2, 3, 4)] == [True, True, False]
+    assert [warned(n, 3) for n in (4, 5, 6)] == [True, True, False]
+    assert not warned(100, 1, 0.6) and warned(100, 1, 0.59), "Wilson's lower end of 60 of 100 is 0.502"
+
+
+def test_pairs_of_hyphened_folders_keep_apart(monkeypatch, tmp_path):
+    folders = [write_folder(tmp_path / name, lambda p, s: p + s) for name in ("c", "b-c", "a-b", "a")]
+    result = run(monkeypatch, folders, tmp_path)
+    assert list(result["differences"]["grey:light"]) == [
+        "b-c - c", "a-b - c", "a - c", "a-b - b-c", "a - b-c", "a - a-b"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="cannot be told apart by name; rename"):
+        image_scores._pairs(["c", "b-c", "a-b", "a", "f", "e - f", "d - e", "d"])
+
+
 def test_one_prompt_alone_has_no_control(monkeypatch, tmp_path):
     only = write_folder(tmp_path / "only", lambda p, s: s, prompts=PROMPTS[:1])
     result = run(monkeypatch, (only,), tmp_path)

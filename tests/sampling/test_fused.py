@@ -9,7 +9,7 @@ from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling import loop
 from dpt_t2i.sampling.correct import correct, predict_and_correct
-from dpt_t2i.sampling.loop import Step, sample
+from dpt_t2i.sampling.loop import Step, check_correction, sample
 from dpt_t2i.sampling.schedulers import make_scheduler
 from dpt_t2i.sampling.scoring import MatchScorer
 from tests.sampling.stubs import NOISE, ConstantNoise, states
@@ -198,3 +198,13 @@ def test_branches_one_after_the_other_give_the_same_for_less_of_the_way_back(mon
     (together, many), (apart, fewer) = run(65), run(64)  # the tiny latents have 8 x 8 places
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5)
     assert (fewer < 0.9 * many) if guidance > 1 else (fewer == many)
+
+
+def test_of_the_last_step_alone_there_is_nothing_to_move():
+    last = CorrectionConfig(correct=0.1, correction_start=0.75, correction_fused=True)
+    with pytest.raises(
+        InputError, match=r"of 4 steps none .* 0.75 and 1 \(fused: it moves the latent of the step after"
+    ):
+        check_correction(last, SampleConfig(steps=4))
+    check_correction(last.model_copy(update={"correction_fused": False}), SampleConfig(steps=4))
+    check_correction(last, SampleConfig(steps=8))

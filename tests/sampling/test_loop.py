@@ -92,6 +92,15 @@ def test_a_guided_part_that_ends_before_it_begins_is_refused():
         sample(ConstantNoise(), states(1), states(1), torch.zeros(1, 4, 8, 8), settings, OFF)
 
 
+def test_a_guided_part_without_a_step_is_refused():
+    settings, noise = SampleConfig(steps=4, guidance_start=0.8), torch.zeros(1, 4, 8, 8)
+    with pytest.raises(InputError, match="of 4 steps none is guided between 0.8 and 1; .*guidance_scale to 1"):
+        sample(ConstantNoise(), states(1), states(1), noise, settings, OFF)
+    backbone = ConstantNoise()
+    sample(backbone, states(1), states(1), noise, settings.model_copy(update={"guidance_scale": 1.0}), OFF)
+    assert [len(z) for z in backbone.seen] == [1] * 4
+
+
 def test_outside_its_interval_guidance_takes_no_unconditional_pass():
     backbone = ConstantNoise()
     backbone.guidance_interval = (0.2, 1.0)  # the base's own, where nobody says

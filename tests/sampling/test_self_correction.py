@@ -1,5 +1,7 @@
 """Self-correction inside stock diffusers pipelines, against our own loop, which is tested by hand elsewhere."""
 
+from contextlib import contextmanager
+
 import diffusers
 import pytest
 import torch
@@ -10,7 +12,9 @@ import dpt_t2i
 from dpt_t2i.adapter.io import save_adapter
 from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.adapter.types import AdapterOrigin
-from dpt_t2i.backbones.lora import add_lora
+from dpt_t2i.backbones.fingerprint import lora_hash
+from dpt_t2i.backbones.loading import backbone_of, load_backbone
+from dpt_t2i.backbones.lora import add_lora, lora_parameters, save_lora
 from dpt_t2i.backbones.types import TextStates
 from dpt_t2i.config import CorrectionConfig, SampleConfig
 from dpt_t2i.errors import InputError
@@ -19,6 +23,7 @@ from dpt_t2i.sampling.model import T2IModel
 from dpt_t2i.sampling.noise import initial_noise
 from dpt_t2i.sampling.schedulers import make_scheduler
 from dpt_t2i.sampling.self_correction import SelfCorrection
+from tests.families import save_flux, save_pixart_sigma, save_sd3
 from tests.sampling.stubs import NOISE
 from tests.tiny import tiny_adapter, tiny_backbone, tiny_pipeline
 
@@ -54,6 +59,22 @@ def by_our_loop(correction, sampler, guidance=4.0, prompts=PROMPTS, latents=None
     text, null = backbone.encode_text(prompts), backbone.null_text(len(prompts))
     latents = noise_of(len(prompts)) if latents is None else latents
     return sample(backbone, text, null, latents, settings, config, correction.scorer)
+
+
+def inputs_of(denoiser):
+    """What each pass was given in the end, and a `with` for the time in which that is noted."""
+    seen = []
+
+    def note(_module, args, kwargs, _output):
+        seen.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    @contextmanager
+    def noting():
+        handle = denoiser.register_forward_hook(note, with_kwargs=True)
+        yield
+        handle.remove()
+
+    return seen, noting()
 
 
 def assert_same_and_corrected(theirs, ours, uncorrected):
@@ -188,7 +209,7 @@ def test_a_score_pass_is_not_corrected_again():
 def test_what_fails_inside_leaves_no_hook_behind():
     pipeline, correction = corrected_pipeline()
     plain = run(pipeline)
-    with pytest.raises(InputError, match="2 or 4 images.*told of 1"), correction.hooked("a star"):
+    with pytest.raises(InputError, match="makes 2 images.*told of 1"), correction.hooked("a star"):
         run(pipeline)
     assert torch.equal(run(pipeline), plain)
     assert "step" not in vars(pipeline.scheduler)
@@ -420,13 +441,128 @@ def test_a_denoiser_that_was_compiled_in_place(monkeypatch):
 
 def test_another_tools_step_is_put_back():
     pipeline, correction = corrected_pipeline()
-    inner = SelfCorrection(pipeline, tiny_adapter(tiny_backbone()), **RELATIVE)
+    theirs = pipeline.scheduler.step
+    pipeline.scheduler.step = theirs
     with correction.hooked(PROMPTS):
-        outer = pipeline.scheduler.__dict__["step"]
-        with inner.hooked(PROMPTS):
-            assert pipeline.scheduler.__dict__["step"] is not outer
-        assert pipeline.scheduler.__dict__["step"] is outer
-    assert "step" not in vars(pipeline.scheduler)
+        assert pipeline.scheduler.__dict__["step"] is not theirs
+    assert pipeline.scheduler.__dict__["step"] is theirs
+
+
+def test_one_correction_at_a_time():
+    pipeline, correction = corrected_pipeline()
+    inner = SelfCorrection(pipeline, tiny_adapter(tiny_backbone()), **RELATIVE)
+    with correction.hooked(PROMPTS) as hook:
+        with pytest.raises(InputError, match="corrected already; end the `with` of the other `hooked` first"):
+            with inner.hooked(PROMPTS):
+                pass
+        run(pipeline)
+    assert len(hook.scores) == STEPS
+
+
+def test_a_correction_of_no_step_is_refused():
+    pipeline, correction = corrected_pipeline(correction_start=0.9)
+    with pytest.raises(InputError, match="start 0.5 is not before correction_end 0.5: no step would be corrected"):
+        SelfCorrection(pipeline, tiny_adapter(tiny_backbone()), correction_start=0.5, correction_end=0.5, **RELATIVE)
+    with pytest.raises(InputError, match="of 4 steps none is corrected between 0.9 and 1; widen that part"):
+        with correction.hooked(PROMPTS):
+            run(pipeline)
+    first = SelfCorrection(pipeline, tiny_adapter(tiny_backbone()), correction_every=4, **RELATIVE)
+    with first.hooked(PROMPTS) as hook:
+        run(pipeline)
+    assert len(hook.scores) == 1
+    with pytest.raises(InputError, match=r"between 0 and 1 \(a callback fires after the first\)"):
+        run(pipeline, callback_on_step_end=first.callback(PROMPTS))
+
+
+def test_another_lora_than_the_adapters_is_told(tmp_path, caplog):
+    """By diffusers' own loading too, which gives it another name."""
+    backbone = tiny_backbone()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        add_lora(backbone, 2)
+        for parameter in lora_parameters(backbone):
+            torch.nn.init.normal_(parameter)
+    save_lora(backbone, tmp_path, {})
+    base = {**backbone.fingerprint(), "lora": lora_hash(backbone.denoiser)}
+    save_adapter(tiny_adapter(backbone), tmp_path / "adapter", base_fingerprint=base, metadata={})
+
+    def told(pipeline):
+        caplog.clear()
+        SelfCorrection(pipeline, tmp_path / "adapter", **RELATIVE)
+        return [r.message for r in caplog.records if "together with" in r.message]
+
+    pipeline = tiny_pipeline()
+    assert "pipeline has none: its score may mislead; call `pipeline.load_lora_weights`" in told(pipeline)[0]
+    pipeline.load_lora_weights(tmp_path)
+    assert told(pipeline) == []
+    pipeline.disable_lora()
+    assert "has it disabled: its score may mislead; call `pipeline.enable_lora`" in told(pipeline)[0]
+    pipeline.enable_lora()
+    lora_parameters(backbone_of(pipeline))[0].data[0, 0] += 1
+    assert f"another LoRA ({base['lora']}) than the pipeline has" in told(pipeline)[0]
+
+
+@pytest.mark.parametrize("mode", ["state", "noise"])
+def test_of_a_pipeline_that_does_not_say_whether_it_guides_the_batch_does(mode, tmp_path):
+    folder = save_pixart_sigma(tmp_path / "sigma")
+    pipeline = load_backbone(folder, device="cpu").pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    adapter = tiny_adapter(load_backbone(folder, device="cpu"), "block0")
+    correction = SelfCorrection(pipeline, adapter, correction_mode=mode, **RELATIVE)
+
+    def draw(prompts, scale, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        how = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"}
+        return pipeline(prompts, guidance_scale=scale, generator=generators, use_resolution_binning=False, **how)
+
+    with correction.hooked(PROMPTS) as hook:
+        draw(PROMPTS, 4.0, (0, 1))
+        draw(PROMPTS, 1.0, (0, 1))
+        draw(PROMPTS, 1.0, (0, 0))  # from one seed: equal before the first step alone
+        assert [len(scores) for _, scores in hook.scores] == [2] * 9
+        with pytest.raises(InputError, match="makes 1 image, but self-correction was told of 2"):
+            draw(PROMPTS[:1], 4.0, (0,))
+    with pytest.raises(InputError, match="makes 2 images, but self-correction was told of 1"):
+        with correction.hooked(PROMPTS[:1]):
+            draw(PROMPTS, 1.0, (0, 1))
+
+
+def test_sd3s_pass_without_some_layers_is_corrected_as_the_step_is(tmp_path):
+    folder = save_sd3(tmp_path / "sd3")
+    pipeline = load_backbone(folder, device="cpu").pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    adapter = tiny_adapter(load_backbone(folder, device="cpu"), "block0")
+    call = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent", "guidance_scale": 4.0}
+    call |= {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    for mode in ("state", "noise"):
+        correction = SelfCorrection(pipeline, adapter, correction_mode=mode, **RELATIVE)
+        seen, handle = inputs_of(pipeline.transformer)
+        with handle, correction.hooked("a star") as hook:
+            pipeline("a star", generator=torch.Generator().manual_seed(0), **call)
+        assert len(hook.scores) == 3, "each step once"
+        drawn = [z for z in seen if not z.requires_grad]
+        assert [len(z) for z in drawn] == [2, 2, 1, 2, 1]  # all layers are there in the first step
+        for both, alone in ((drawn[1], drawn[2]), (drawn[3], drawn[4])):
+            assert torch.equal(both[1:], alone), "the conditional branch's input"
+            assert torch.equal(both[0], both[1]) == (mode == "state")
+
+
+def test_of_flux_the_negative_branch_comes_by_itself(tmp_path):
+    folder = save_flux(tmp_path / "flux")
+    pipeline = load_backbone(folder, device="cpu").pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    adapter = tiny_adapter(load_backbone(folder, device="cpu"), "single0")
+    call = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent", "true_cfg_scale": 4.0}
+    for mode in ("state", "noise"):
+        correction = SelfCorrection(pipeline, adapter, correction_mode=mode, **RELATIVE)
+        seen, handle = inputs_of(pipeline.transformer)
+        with handle, correction.hooked("a star") as hook:
+            pipeline("a star", negative_prompt="left", generator=torch.Generator().manual_seed(0), **call)
+        assert len(hook.scores) == 2, "each step once"
+        drawn = [z for z in seen if not z.requires_grad]
+        assert len(drawn) == 4
+        for positive, negative in zip(drawn[::2], drawn[1::2], strict=True):
+            assert torch.equal(positive, negative) == (mode == "state")
 
 
 def test_what_the_score_cannot_share_is_refused():
@@ -469,7 +605,7 @@ def test_inpainting_is_corrected_and_a_denoiser_with_a_mask_among_its_inputs_is_
 def test_more_prompts_than_the_call_draws_are_refused_though_the_guided_batch_has_as_many_rows():
     """Two prompts told, one drawn: its two branches are no two images."""
     pipeline, correction = corrected_pipeline()
-    with pytest.raises(InputError, match="makes 1 or 2 images, but self-correction was told of 2"):
+    with pytest.raises(InputError, match="makes 1 image, but self-correction was told of 2"):
         with correction.hooked(PROMPTS):
             run(pipeline, ["a star"])
     with correction.hooked(PROMPTS):  # without guidance a row is an image

@@ -90,7 +90,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, broken):
         monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: fail() if self.name == "state.json" else 0)
     elif broken == "rename":
         monkeypatch.setattr(checkpoint.os, "replace", fail)
-    with pytest.raises(InputError, match=r"cannot write .*checkpoint-3: .*No space left on device.* are intact"):
+    with pytest.raises(
+        InputError, match=r"cannot write .*checkpoint-3: .*No space left on device.*checkpoint-2 is intact"
+    ):
         write_checkpoint(tmp_path, 3, parameters, optimizer, save, {}, 1)
     assert contents(tmp_path) == before
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}, "no partial folder"
@@ -195,7 +197,7 @@ def test_a_disk_that_is_really_full(small_disk):
     write(small_disk, 1)
     before = contents(small_disk)
     parameters, optimizer = trained(100_000)  # two moments of 400 kB
-    with pytest.raises(InputError, match=r"cannot write .*checkpoint-2: .*[Nn]o space left.*are intact"):
+    with pytest.raises(InputError, match=r"cannot write .*checkpoint-2: .*[Nn]o space left.*checkpoint-1 is intact"):
         write_checkpoint(small_disk, 2, parameters, optimizer, lambda _: None, {}, 1)
     assert contents(small_disk) == before
 

@@ -209,6 +209,8 @@ def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path, acce
     with pytest.raises(InputError, match="cannot write .*checkpoint-3: .*No space"):
         train(full, accelerator)
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 2, 3, 4], "nor before the new one is whole"
+    assert read_metrics(tmp_path / "metrics.before.jsonl") == before, "nor does the second going back replace these"
+    assert "of before stay in metrics.before-2.jsonl" in caplog.text
     again = job(tmp_path, max_train_steps=3, checkpointing_steps=9, resume_from_checkpoint="checkpoint-2")
     train(fed(again, train=again.feed.train.model_copy(update={"checkpoints_total_limit": 9})), accelerator)
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 2, 3]
@@ -383,9 +385,13 @@ class Poisoned(Plane):
 
 
 def test_a_run_stops_at_nan_and_names_the_step(tmp_path, accelerator):
-    with pytest.raises(InputError, match=r"^step 3: the loss is not finite, records \[\d, \d\]: .*nan.* is intact"):
+    with pytest.raises(
+        InputError, match=r"^step 3: the loss is not finite, records \[\d, \d\]: .*nan.*checkpoint-2 is intact"
+    ):
         train(job(tmp_path, Poisoned(3), checkpointing_steps=1), accelerator)
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 2]
+    with pytest.raises(InputError, match="step 1: the loss is not finite.*mend the data; .*holds no checkpoint yet"):
+        train(job(tmp_path / "new", Poisoned(1)), accelerator)
 
 
 def test_a_record_that_turns_out_to_be_broken_ends_the_run_with_a_checkpoint(tmp_path, accelerator):
@@ -422,6 +428,16 @@ def test_a_run_may_skip_nan_and_count_it_across_a_resume(tmp_path, accelerator):
     again = job(tmp_path, Poisoned(1), on_nan="skip", max_train_steps=6, resume_from_checkpoint="latest")
     train(again, accelerator)
     assert train_rows(tmp_path)[-1]["skipped"] == 3
+
+
+def test_steps_without_a_finite_loss_push_no_checkpoint_out(tmp_path, accelerator):
+    """Steps 4 to 8 have none, so that what comes of 3 stays; the last step is kept in any case."""
+    bad = Poisoned(4, 5, 6, 7, 8)
+    train(job(tmp_path / "a", bad, on_nan="skip", checkpointing_steps=1, max_train_steps=8), accelerator)
+    assert [step for step, _ in checkpoints(tmp_path / "a")] == [3, 8]
+    bad = Poisoned(4, 5)
+    train(job(tmp_path / "b", bad, on_nan="skip", checkpointing_steps=1, max_train_steps=6), accelerator)
+    assert [step for step, _ in checkpoints(tmp_path / "b")] == [3, 6]
 
 
 def test_a_run_that_skips_all_its_steps_ends(tmp_path, accelerator):

@@ -350,7 +350,11 @@ def test_a_lora_to_go_on_from_brings_its_rank_along(probe_config, tune_config, t
     again = tune_config(**wide, output_dir=str(tmp_path / "again"))
     run_tune(again)
     said = build_config(TuneConfig, again.output_dir / "config.yaml").lora
-    assert (said.rank, said.lora_alpha) == (3, 6.0)
+    assert (said.rank, said.lora_alpha, said.lora_scope) == (3, 6.0, "all")
+    with pytest.raises(
+        InputError, match=r"has layers of its own \(all\), not those of lora_scope to_tap; leave lora_sco"
+    ):
+        run_tune(tune_config(**few, lora=str(tmp_path / "first"), lora_scope="to_tap", output_dir=str(tmp_path / "x")))
     onward = {**few, "max_train_steps": 2, "output_dir": str(first.output_dir), "resume_from_checkpoint": "latest"}
     with pytest.raises(InputError, match="checkpoint-1 holds a LoRA of rank 3 and alpha 6, this run asks for 5 and 5"):
         run_tune(tune_config(**onward, rank=5))

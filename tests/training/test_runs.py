@@ -92,3 +92,22 @@ def test_a_run_has_one_colour_in_every_panel(tmp_path, monkeypatch):
     empty = [axis for axis in drawn[0].axes if not axis.lines]
     assert len(empty) == runs.COLUMNS - 2 and not any(axis.axison for axis in empty)
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["p", "t"]
+
+
+def test_the_best_step_is_that_of_each_runs_own_metric(two, tmp_path):
+    config = two[1] / "config.yaml"
+    config.write_text(config.read_text().replace("  rank: 4", "  rank: 4\n  best_metric: loss_x"))
+    file = two[1] / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row | ({"loss_x": 1.0 - row["itm_text"]} if row["step"] != 30 else {"loss_x": 0.9}) for row in rows
+            if row["split"] == "val"]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare_runs(*two, tmp_path / "plot.png")["figures"]["best step"] == [10, 20], "by itm_text it were 30"
+
+
+def test_runs_without_a_figure_have_an_empty_plot(tmp_path):
+    runs = [run_folder(tmp_path / name, 1.0, [], 0) for name in "ab"]
+    for run in runs:
+        (run / "metrics.jsonl").write_text('{"step": 0, "split": "val"}\n')
+    assert compare_runs(*runs, tmp_path / "plot.png")["figures"]["best step"] == [None, None]
+    assert (tmp_path / "plot.png").is_file()

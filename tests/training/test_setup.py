@@ -219,3 +219,39 @@ def test_a_run_that_goes_on_otherwise_says_so_and_keeps_what_was(probe_config, c
 def test_a_run_without_held_out_figures_says_so(tmp_path):
     assert result(tmp_path, {}, None)["summary"] == ["no held-out figure"]
     assert result(tmp_path, {"itm_text": 0.5}, None)["summary"] == ["held-out, t = 500:", "itm_text   0.500"]
+    told = result(tmp_path, {"itm_text": 0.5, "loss_mse": 0.25}, None)["summary"]
+    assert told[0] == "held-out, t = 500 (loss_mse over all noise levels):"
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_named(tmp_path):
+    rows = [{"step": step, "split": "val", "itm_text": merit} for step, merit in ((2, 0.9), (4, 0.5))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert result(tmp_path, {}, None)["summary"][-1] == "best checkpoint: step 2, which is not kept"
+    (tmp_path / "checkpoint-2").mkdir()
+    assert result(tmp_path, {}, None)["summary"][-1] == "best checkpoint: checkpoint-2"
+
+
+def test_what_a_finished_run_made_is_not_overwritten(probe_config):
+    config = probe_config()
+    (config.folder / "adapter").mkdir(parents=True)
+    set_up(config)  # no figures: not a run's
+    (config.folder / "metrics.jsonl").write_text("")
+    for resume in (None, "latest"):
+        with pytest.raises(InputError, match=r"holds what an earlier run made \(adapter\), and no checkpoint to go on"):
+            set_up(probe_config(resume_from_checkpoint=resume))
+
+
+def test_what_differs_from_the_run_whose_checkpoint_is_gone_on_from_is_told(probe_config, tmp_path, caplog):
+    first = probe_config(learning_rate=1e-4)
+    write_config(first)
+    (first.folder / "checkpoint-3").mkdir()
+    far = {"resume_from_checkpoint": str(first.folder / "checkpoint-3"), "output_dir": str(tmp_path / "far")}
+    write_config(probe_config(learning_rate=1e-4, **far))
+    assert not caplog.records
+    write_config(probe_config(learning_rate=1e-2, **far))
+    assert [r.getMessage() for r in caplog.records] == ["goes on with train.learning_rate 0.01, which was 0.0001"]
+
+
+def test_fp16_on_a_cpu_is_refused(probe_config):
+    with pytest.raises(InputError, match="mixed_precision fp16 needs a GPU.*--mixed_precision bf16"):
+        set_up(probe_config(mixed_precision="fp16"))

@@ -6,8 +6,11 @@ adapter. On other devices PyTorch's own is taken.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 LEVELS = 1 << 16  # a 16-bit part of an integer decides on an element
@@ -24,9 +27,24 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     dropped = min(max(round(p * LEVELS), 1), LEVELS - 1)
     integers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
     kept = integers.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - LEVELS // 2
-    # x * kept * scale, and the same of its gradient, for which only `kept` is held; a part of PyTorch's own dropout.
-    result: Tensor = torch.ops.aten.native_dropout_backward(x, kept, LEVELS / (LEVELS - dropped))
+    result: Tensor = _Scaled.apply(x, kept, LEVELS / (LEVELS - dropped))
     return result
+
+
+class _Scaled(torch.autograd.Function):
+    """x * kept * scale, and the same of its gradient, for which only `kept` is held: one new tensor each, not three."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
+        return kept.to(x.dtype).mul_(x).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (kept,) = ctx.saved_tensors
+        return kept.to(grad.dtype).mul_(grad).mul_(ctx.scale), None, None
 
 
 class Dropout(nn.Dropout):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 HALF = "float16"
 LATENT_SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+_LORA_KEY = re.compile(r"(\.lora_\w+)\.([^.]+)")  # of PEFT: `to_q.lora_A.NAME.weight`
 COMPILED = "_orig_mod."  # what `torch.compile` puts before the names of a module
 
 
@@ -32,8 +34,10 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def lora_hash(module: nn.Module) -> str | None:
-    """16 hex digits of the LoRA on `module`, exact; None without one."""
+    """16 hex digits of the LoRA on `module`, exact; None without one. What a single one is called there is not told."""
     state = {key.replace(COMPILED, ""): value for key, value in module.state_dict().items() if ".lora_" in key}
+    if len({match[2] for match in map(_LORA_KEY.search, state) if match}) == 1:
+        state = {_LORA_KEY.sub(r"\1.dpt", key): value for key, value in state.items()}
     return _hash(state, torch.float32) if state else None
 
 

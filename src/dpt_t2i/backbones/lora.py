@@ -85,6 +85,14 @@ def lora_sizes(backbone: Backbone) -> list[tuple[int, float]]:
     return sorted({(one.r[name], float(one.lora_alpha[name])) for one in layers for name in one.r})
 
 
+def lora_scope(backbone: Backbone, taps: Sequence[Tap]) -> Literal["all", "to_tap"] | None:
+    """The `scope` of `add_lora` that the LoRA's layers are those of; None where they are others, or there are none."""
+    layers = {name for name, module in backbone.denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
+    if layers == set(_projections(backbone)):
+        return "all"
+    return "to_tap" if layers and layers == set(_projections_up_to(backbone, taps)) else None
+
+
 def remove_lora(backbone: Backbone) -> None:
     """Back to the plain base; nothing happens without a LoRA."""
     if not lora_parameters(backbone):
@@ -94,6 +102,12 @@ def remove_lora(backbone: Backbone) -> None:
         denoiser.unload_lora()  # the pipeline's own way would take a text encoder's LoRA off too
     else:
         peft_only.remove(backbone.denoiser)
+
+
+def lora_is_disabled(backbone: Backbone) -> bool:
+    """Whether there is a LoRA, and all of it is switched off."""
+    layers = [module for module in backbone.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    return bool(layers) and all(layer.disable_adapters for layer in layers)
 
 
 @contextlib.contextmanager

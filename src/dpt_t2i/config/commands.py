@@ -26,6 +26,7 @@ from dpt_t2i.config.sections import (
     SamplesConfig,
     SearchConfig,
     Section,
+    Seed,
     StoredModelConfig,
     TrainConfig,
     TrainDataConfig,
@@ -57,7 +58,7 @@ class ProbeConfig(_RunConfig):
     train: TrainConfig = TrainConfig()
     atlas: AtlasConfig = AtlasConfig()
     output_dir: Path = Field(Path("runs/probe"), description="run folder")
-    seed: int = Field(0, ge=0, description="seed of weights, noise and timesteps")
+    seed: Seed = Field(0, description="seed of weights, noise and timesteps")
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> Self:
@@ -95,7 +96,7 @@ class TuneConfig(_RunConfig):
         "`denoise_only` = the control arm: LoRA on the denoising loss alone",
     )
     output_dir: Path = Field(Path("runs/tune"), description="run folder")
-    seed: int = Field(0, ge=0, description="seed of weights, noise and timesteps")
+    seed: Seed = Field(0, description="seed of weights, noise and timesteps")
 
 
 class GenerateConfig(Section):
@@ -114,7 +115,7 @@ class GenerateConfig(Section):
     correction: CorrectionConfig = CorrectionConfig()
     search: SearchConfig = SearchConfig()
     output_dir: Path = Field(Path("runs/generate"), description="generation folder")
-    seed: int = Field(0, ge=0, description="seed of scoring noise; images take theirs from --seeds")
+    seed: Seed = Field(0, description="seed of scoring noise; images take theirs from --seeds")
 
 
 class ScoreConfig(Section):
@@ -124,7 +125,7 @@ class ScoreConfig(Section):
     score_timestep: int = Field(250, ge=0, description="timestep of the judged latent")
     score_draws: Positive = Field(4, description="noises averaged")
     output_dir: Path = Field(Path("runs/score"), description="where the annotated PNG goes")
-    seed: int = Field(0, ge=0, description="seed of the noise")
+    seed: Seed = Field(0, description="seed of the noise")
 
 
 class AlignmentConfig(Section):
@@ -158,7 +159,7 @@ class AlignmentConfig(Section):
         description="file that gets a line for each run on a test suite; default: test_runs.jsonl beside the folder",
     )
     output_dir: Path = Field(Path("runs/alignment"), description="evaluation folder; finished images are reused")
-    seed: int = Field(0, ge=0, description="seed of scoring noise and resampling; images take theirs from --seeds")
+    seed: Seed = Field(0, description="seed of scoring noise and resampling; images take theirs from --seeds")
 
 
 class DiscriminationConfig(Section):
@@ -174,7 +175,7 @@ class DiscriminationConfig(Section):
         False, description="grounding: every expression of a record, as RefCOCO counts; off = one a record"
     )
     output_dir: Path = Field(Path("runs/discrimination"), description="evaluation folder")
-    seed: int = Field(0, ge=0, description="seed of the noise, shared by an example's positive and negatives")
+    seed: Seed = Field(0, description="seed of the noise, shared by an example's positive and negatives")
 
 
 class ImageScoresConfig(Section):
@@ -196,7 +197,7 @@ class ImageScoresConfig(Section):
     encode_batch_size: Positive = Field(32, description="images in one pass: memory only")
     bootstrap_draws: Positive = Field(10_000, description="resamples of a confidence interval")
     output_dir: Path = Field(Path("runs/image_scores"), description="evaluation folder")
-    seed: int = Field(0, ge=0, description="seed of the resampling")
+    seed: Seed = Field(0, description="seed of the resampling")
 
 
 class DemoConfig(Section):
@@ -210,7 +211,7 @@ class DemoConfig(Section):
     seeds: str = Field("0", description="`0`, `0,3,7` or `0-3`")
     sample: SampleConfig = SampleConfig(steps=30)
     output_dir: Path = Field(Path("runs/demo"), description="demo folder")
-    seed: int = Field(0, ge=0, description="seed of training and of scoring noise; images take theirs from --seeds")
+    seed: Seed = Field(0, description="seed of training and of scoring noise; images take theirs from --seeds")
 
 
 class ExportConfig(Section):
@@ -240,7 +241,7 @@ class PerturbConfig(Section):
     )
     per_caption: Positive = Field(1, description="negatives of a caption, of different rules, swaps and flips first")
     output_dir: Path | None = Field(None, description="copy of the folder to make; default: the folder's own metadata")
-    seed: int = Field(0, ge=0, description="seed of the choice among the ways in which a rule applies")
+    seed: Seed = Field(0, description="seed of the choice among the ways in which a rule applies")
 
 
 class MineConfig(Section):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dpt_t2i.errors import InputError
 
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no larger one
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 DataFormat = Literal[
@@ -168,7 +169,7 @@ class DataConfig(Section):
         ge=0,
         description="loader processes; changes what is seen of streamed shards alone, which are dealt out to them",
     )
-    data_seed: int = Field(0, ge=0, description="seed of the example order and of every random choice in the data")
+    data_seed: Seed = Field(0, description="seed of the example order and of every random choice in the data")
     scene_categories: tuple[SceneCategory, ...] = Field(
         (),
         description="scenes: train on these in turn, as often as each stands here; default: the world's own mix",

@@ -13,6 +13,7 @@ from dpt_t2i.backbones.loading import choose_artifacts
 from dpt_t2i.backbones.lora import lora_file
 from dpt_t2i.config import AlignmentConfig, CorrectionConfig, GenerateConfig
 from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.loop import check_correction
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
 
     Raises:
         InputError: a LoRA or adapter that the arm needs was neither given nor ships, no correction strength is known,
-            `lora_draws` is off, `best_of` is given, or the correction is fused and the LoRA only judges.
+            the correction corrects nothing (`check_correction`), `lora_draws` is off, `best_of` is given, or the
+            correction is fused and the LoRA only judges.
     """
     if not config.sample.lora_draws:
         raise InputError("`no_lora_draws` is what arms differ in; leave it out and name judge_correct or judge_best4")
@@ -138,6 +140,7 @@ def recipe_of(arm: Arm, config: AlignmentConfig) -> Recipe:
         search=config.search,
         seed=config.seed,
     )
+    check_correction(correction, settings.sample)
     return Recipe(lora, adapter, settings)
 
 

@@ -26,7 +26,7 @@ from dpt_t2i.files import save_picture
 from dpt_t2i.sampling.annotate import annotate
 from dpt_t2i.sampling.images import open_image
 from dpt_t2i.sampling.model import T2IModel, load_model, open_model
-from dpt_t2i.sampling.scoring import MatchScorer
+from dpt_t2i.sampling.scoring import MatchScorer, check_score_timestep
 from dpt_t2i.sampling.shares import gathered, processes, share_of
 
 
@@ -65,7 +65,7 @@ def run_alignment(config: AlignmentConfig) -> dict[str, Any]:
     check_weights(config)
 
     def open_model(lora: Path | None, adapter: Path | None) -> T2IModel:
-        return load_model(
+        loaded = load_model(
             model.pretrained_model_name_or_path,
             str(lora or "none"),
             str(adapter or "none"),
@@ -73,6 +73,8 @@ def run_alignment(config: AlignmentConfig) -> dict[str, Any]:
             model.dtype,
             model.revision,
         )
+        check_score_timestep(loaded.backbone, config.search.score_timestep)  # the first arms may draw without it
+        return loaded
 
     result = run_arms(config, open_model)
     if not result:

@@ -26,7 +26,7 @@ from dpt_t2i.errors import InputError
 from dpt_t2i.evaluation.image_grid import ALL, Cell, Grid, open_grid, short_names
 from dpt_t2i.evaluation.miner import miner_warnings
 from dpt_t2i.evaluation.provenance import command_line, set_aside, versions, write_json, write_rows
-from dpt_t2i.evaluation.statistics import bootstrap_mean, category_means, paired_difference
+from dpt_t2i.evaluation.statistics import bootstrap_mean, category_means, paired_difference, wilson
 from dpt_t2i.sampling.images import open_image
 from dpt_t2i.sampling.shares import gathered, processes, share_of
 
@@ -56,7 +56,7 @@ def run_image_scores(config: ImageScoresConfig) -> dict[str, Any]:
     if not state.is_main_process:
         return {"summary": []}
     result = summarise(grid, scores, config.bootstrap_draws, config.seed)
-    warnings = [*grid.warnings, *_cut(grid, scorers), *_blind(result["measures"])]
+    warnings = [*grid.warnings, *_cut(grid, scorers), *_blind(result["measures"], len(grid.prompts))]
     for data, scorer in product(config.trained_on, scorers):
         warnings += miner_warnings(data, scorer.fingerprint, f"scorer `{scorer.name}`")
     result |= {
@@ -99,11 +99,10 @@ def summarise(grid: Grid, scores: Mapping[str, Scores], draws: int = 10_000, see
             }
             for f, name in enumerate(grid.names)
         }
-        pairs = [(later, earlier) for earlier in range(len(own)) for later in range(earlier + 1, len(own))]
         differences[measure] = {
-            f"{grid.names[a]}-{grid.names[b]}": asdict(paired_difference(own[a], own[b], categories, draws, seed))
+            pair: asdict(paired_difference(own[a], own[b], categories, draws, seed))
             | {"wins": float(_higher(own[a], own[b]).mean())}
-            for a, b in pairs
+            for pair, (a, b) in _pairs(grid.names).items()
         }
     return {
         "prompts": len(grid.prompts),
@@ -113,6 +112,20 @@ def summarise(grid: Grid, scores: Mapping[str, Scores], draws: int = 10_000, see
         "measures": measures,
         "differences": differences,
     }
+
+
+def _pairs(names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """`LATER-EARLIER` -> their places; with another sign between them where hyphens in the names make two pairs one.
+
+    Raises:
+        InputError: no sign tells all pairs apart.
+    """
+    places = [(later, earlier) for earlier in range(len(names)) for later in range(earlier + 1, len(names))]
+    for sign in ("-", " - "):
+        pairs = {f"{names[a]}{sign}{names[b]}": (a, b) for a, b in places}
+        if len(pairs) == len(places):
+            return pairs
+    raise InputError("pairs of these folders cannot be told apart by name; rename one whose name has a ` - `")
 
 
 def _score(grid: Grid, scorer: PairScorer, batch: int, state: PartialState) -> dict[str, Scores]:
@@ -162,17 +175,20 @@ def _cut(grid: Grid, scorers: Sequence[PairScorer]) -> list[str]:
     ]
 
 
-def _blind(measures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A warning for each measure that was not seen to tell these prompts apart, on any folder's images."""
+def _blind(measures: Mapping[str, Mapping[str, Any]], prompts: int) -> list[str]:
+    """A warning for each measure that was not seen to tell these prompts apart, on any folder's images.
+
+    Images of one prompt are no independent witnesses, so there are as many trials as prompts; and the best of several
+    folders has to be as much better as that takes.
+    """
     lines = []
     for measure, folders in measures.items():
-        told = [numbers["told_apart"] for numbers in folders.values() if numbers["told_apart"] is not None]
-        if told and max(share["low"] for share in told) <= 0.5:
-            best = max(share["mean"] for share in told)
+        told = [numbers["told_apart"]["mean"] for numbers in folders.values() if numbers["told_apart"] is not None]
+        if told and wilson(max(told) * prompts, prompts, intervals=len(told))[0] <= 0.5:
             lines.append(
-                f"warning: {measure} prefers the own prompt of an image to another one in {100 * best:.0f} % of cases "
-                "at best, which may be chance (50): it does not know such pictures, they do not show their prompts, or "
-                "they are too few; its figures say nothing"
+                f"warning: {measure} prefers the own prompt of an image to another one in {100 * max(told):.0f} % of "
+                "cases at best, which may be chance (50): it does not know such pictures, they do not show their "
+                f"prompts, or {prompts} prompts are too few; its figures say nothing"
             )
     return lines
 

@@ -62,12 +62,13 @@ def sample(
         generators: B of them, one an image, for the noise of the steps; needed if `eta_of` is above 0.
 
     Raises:
-        InputError: `eta` with another sampler than DDIM; a guided part that ends before it begins, or any where
-            guidance is an input of the denoiser; numbers of latents, prompts and negative prompts that differ;
-            correction without a scorer or under `torch.inference_mode`, its gradient is not finite, or it is fused in
-            mode `noise` or with `lora_draws` off.
+        InputError: `eta` with another sampler than DDIM; a guided part that ends before it begins or holds no step,
+            or any where guidance is an input of the denoiser; numbers of latents, prompts and negative prompts that
+            differ; correction of no step, without a scorer or under `torch.inference_mode`, its gradient is not finite,
+            or it is fused in mode `noise` or with `lora_draws` off.
     """
-    _check(correction, scorer, settings)
+    check_correction(correction, settings)
+    _check_scorer(correction, scorer)
     if not len(initial_latents) == len(text) == len(null):
         raise InputError(
             f"{len(initial_latents)} latents, {len(text)} prompts and {len(null)} negative prompts do not go together; "
@@ -91,7 +92,7 @@ def sample(
             z_state = z_cond if correction.correction_mode == "state" else z
         if z_state is not z:
             latents = move_state(scheduler, latents, z_state, timestep)
-        if wanted and fused and index + 1 < steps:  # after the last step nothing is left to be moved
+        if wanted and fused:
             prediction, shift, scores = _fused(backbone, z_state, timestep, told, null, scale, scorer, correction)
         else:
             with nullcontext() if settings.lora_draws else lora_disabled(backbone):
@@ -124,9 +125,59 @@ def eta_of(backbone: Backbone, settings: SampleConfig) -> float:
 
 
 def is_corrected(index: int, steps: int, correction: CorrectionConfig) -> bool:
-    """Is step `index` of `steps` inside the corrected part of the schedule, and one of every k-th?"""
+    """Is step `index` of `steps` inside the corrected part of the schedule, and one of every k-th?
+
+    A fused correction of the last step would have no latent left to move.
+    """
     inside = correction.correction_start <= index / steps < correction.correction_end
-    return correction.correct > 0 and inside and index % correction.correction_every == 0
+    moves = not correction.correction_fused or index + 1 < steps
+    return correction.correct > 0 and inside and moves and index % correction.correction_every == 0
+
+
+def check_correction(correction: CorrectionConfig, settings: SampleConfig) -> None:
+    """Refuse what no model could do.
+
+    Raises:
+        InputError: as `check_corrected_steps`, or the correction is fused in mode `noise` or with `lora_draws` off.
+    """
+    check_corrected_steps(correction, settings.steps)
+    if correction.correct == 0 or not correction.correction_fused:
+        return
+    if correction.correction_mode != "state":
+        raise InputError(
+            "`correction_fused` moves the next latent and needs `correction_mode` state; mode noise changes the very "
+            "prediction that a fused gradient comes from"
+        )
+    if not settings.lora_draws:
+        raise InputError(
+            "`correction_fused` reads score and prediction off one pass, of which with `lora_draws` off only the score "
+            "sees the LoRA; leave correction_fused out"
+        )
+
+
+def check_corrected_part(correction: CorrectionConfig) -> None:
+    """Refuse a corrected part of the schedule that ends before it begins."""
+    if correction.correct > 0 and correction.correction_start >= correction.correction_end:
+        raise InputError(
+            f"correction_start {correction.correction_start:g} is not before correction_end "
+            f"{correction.correction_end:g}: no step would be corrected; exchange them, or set `correct` to 0"
+        )
+
+
+def check_corrected_steps(correction: CorrectionConfig, steps: int, first: int = 0) -> None:
+    """Refuse a correction of none of the steps `first`..`steps` - 1.
+
+    Raises:
+        InputError: that; or the corrected part of the schedule ends before it begins.
+    """
+    check_corrected_part(correction)
+    if correction.correct > 0 and not any(is_corrected(index, steps, correction) for index in range(first, steps)):
+        but = " (fused: it moves the latent of the step after, and the last has none)"
+        but = but if correction.correction_fused else " (a callback fires after the first)" if first else ""
+        raise InputError(
+            f"of {steps} steps none is corrected between {correction.correction_start:g} and "
+            f"{correction.correction_end:g}{but}; widen that part, or set `correct` to 0"
+        )
 
 
 def _noising(scheduler: Any, eta: float, generators: Sequence[torch.Generator] | None) -> dict[str, Any]:
@@ -143,31 +194,11 @@ def _noising(scheduler: Any, eta: float, generators: Sequence[torch.Generator] |
     return {"eta": eta, "generator": list(generators)}
 
 
-def _check(correction: CorrectionConfig, scorer: Scorer | None, settings: SampleConfig) -> None:
+def _check_scorer(correction: CorrectionConfig, scorer: Scorer | None) -> None:
     if correction.correct == 0:
         return
-    if correction.correction_start >= correction.correction_end:
-        raise InputError(
-            f"correction_start {correction.correction_start:g} is not before correction_end "
-            f"{correction.correction_end:g}: no step would be corrected; exchange them, or set `correct` to 0"
-        )
-    if not any(is_corrected(index, settings.steps, correction) for index in range(settings.steps)):
-        raise InputError(
-            f"of {settings.steps} steps none is corrected between {correction.correction_start:g} and "
-            f"{correction.correction_end:g}; widen that part, or set `correct` to 0"
-        )
     if scorer is None:
         raise InputError("self-correction (`correct` > 0) needs an adapter; give `adapter`, or set `correct` to 0")
-    if correction.correction_fused and correction.correction_mode != "state":
-        raise InputError(
-            "`correction_fused` moves the next latent and needs `correction_mode` state; mode noise changes the very "
-            "prediction that a fused gradient comes from"
-        )
-    if correction.correction_fused and not settings.lora_draws:
-        raise InputError(
-            "`correction_fused` reads score and prediction off one pass, of which with `lora_draws` off only the score "
-            "sees the LoRA; leave correction_fused out"
-        )
     if correction.correction_fused and not isinstance(scorer, PredictingScorer):
         raise InputError(
             "`correction_fused` reads the score off the denoiser's own prediction, which a plain function cannot; give "
@@ -195,7 +226,13 @@ def _scales(text: TextStates, steps: int, backbone: Backbone, settings: SampleCo
         raise InputError(f"guidance_start {start:g} lies behind guidance_end {end:g}; exchange them")
     if GUIDANCE not in text.extras:
         scale = max(scale, 1.0)  # at 0, which models distilled to few steps are given, diffusers does not guide either
-        return text, [scale if start <= index / steps < end else 1.0 for index in range(steps)]
+        guided = [start <= index / steps < end for index in range(steps)]
+        if scale != 1 and not any(guided):
+            raise InputError(
+                f"of {steps} steps none is guided between {start:g} and {end:g}; widen that part (guidance_start, "
+                "guidance_end), or set guidance_scale to 1"
+            )
+        return text, [scale if inside else 1.0 for inside in guided]
     if (start, end) != (0.0, 1.0):
         raise InputError(
             "guidance is an input of this denoiser at every step; leave guidance_start and guidance_end out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.guide import Guide
+from dpt_t2i.sampling.loop import check_corrected_steps
 from dpt_t2i.sampling.schedulers import input_scale, move_state
 
 
@@ -42,6 +44,8 @@ class StateCallback(PipelineCallback):
         if step_index == 0:  # the first of equal timesteps, which only the last ones may be
             self._first = _nearest(scheduler.timesteps, timesteps)
         steps = _steps(pipeline, self._first)
+        if step_index == 0:
+            check_corrected_steps(self.guide.config, steps, first=1)
         if step_index + 1 < steps and self.guide.wanted(step_index + 1, steps):
             timestep = scheduler.timesteps[self._first + step_index + 1]
             latents: Tensor = callback_kwargs["latents"]
@@ -50,6 +54,16 @@ class StateCallback(PipelineCallback):
             callback_kwargs["latents"] = move_state(scheduler, latents.float(), moved, timestep).to(latents.dtype)
             self.scores.append((float(timestep), scores))
         return callback_kwargs
+
+
+@dataclass(frozen=True)
+class _Correction:
+    """Of the step at work, which some pipelines give the denoiser in several passes."""
+
+    place: int  # in the schedule
+    given: Tensor  # [B, ...] the denoiser inputs
+    moved: Tensor  # [B, ...] the corrected ones
+    both_branches: bool  # of guidance were in the pass
 
 
 class DenoiserHook:
@@ -63,15 +77,22 @@ class DenoiserHook:
         self.guide = guide
         self.scores: list[tuple[float, Tensor]] = []
         self._scoring = False  # the score is itself a pass of the denoiser, which is not to be corrected again
+        self._last: _Correction | None = None
         self._moved: Tensor | None = None  # the denoiser input that the coming step of the sampler starts from
         self._schedule: Tensor | None = None  # of the pipeline's call at work
         self._first = 0  # of it, the place at which the call began
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Hooked into denoiser and sampler within the `with`, and out of both after it."""
+        """Hooked into denoiser and sampler within the `with`, and out of both after it.
+
+        Raises:
+            InputError: within another hook's `with`.
+        """
         denoiser, scheduler = self.guide.backbone.denoiser, self.guide.backbone.pipeline.scheduler
-        before = scheduler.__dict__.get("step")  # another correction's, or another tool's
+        if any(isinstance(getattr(h, "__self__", None), DenoiserHook) for h in denoiser._forward_pre_hooks.values()):
+            raise InputError("the pipeline is corrected already; end the `with` of the other `hooked` first")
+        before = scheduler.__dict__.get("step")  # another tool's
         handle = denoiser.register_forward_pre_hook(self._before_denoiser, with_kwargs=True)
         if self.guide.config.correction_mode == "state":
             scheduler.step = self._moving(scheduler)
@@ -83,6 +104,7 @@ class DenoiserHook:
                 yield
         finally:
             handle.remove()
+            self._last = self._moved = None
             scheduler.__dict__.pop("step", None)  # the class's own method shows again
             if before is not None:
                 scheduler.step = before
@@ -98,11 +120,13 @@ class DenoiserHook:
         timestep = torch.as_tensor(given).flatten()[0].float() * self.guide.backbone.pipeline_call.timestep_scale
         pipeline = self.guide.backbone.pipeline
         place = self._follow(pipeline.scheduler, timestep)
-        if not self.guide.wanted(place - self._first, _steps(pipeline, self._first)):
+        steps = _steps(pipeline, self._first)
+        if place == self._first:
+            check_corrected_steps(self.guide.config, steps)
+        if not self.guide.wanted(place - self._first, steps):
             return None
         self.guide.check_places(kwargs.get("img_ids"))
-        exact = pipeline.scheduler.timesteps[place]  # what the denoiser is given may be rounded to its dtype
-        corrected = self._correct(latents, exact, kwargs.get("encoder_hidden_states"))
+        corrected = self._correct(latents, place, kwargs.get("encoder_hidden_states"))
         return ((corrected, *args[1:]), kwargs) if args else (args, kwargs | {name: corrected})
 
     def _follow(self, scheduler: Any, timestep: Tensor) -> int:
@@ -111,32 +135,34 @@ class DenoiserHook:
         counted = getattr(scheduler, "begin_index", None) if counted is None else counted
         place = _nearest(scheduler.timesteps, timestep) if counted is None else int(counted)
         if scheduler.timesteps is not self._schedule:  # each call makes its own
-            self._schedule, self._first = scheduler.timesteps, place
+            self._schedule, self._first, self._last = scheduler.timesteps, place, None
         return place
 
-    def _correct(self, latents: Tensor, timestep: Tensor, tokens: Tensor | None) -> Tensor:
+    def _correct(self, latents: Tensor, place: int, tokens: Tensor | None) -> Tensor:
         """All rows of the denoiser's batch, with the correction in those that the mode says."""
         images = len(latents) if self.guide.images is None else self.guide.images
-        # Of a U-Net's pipeline that guides, a batch of as many rows as images is half as many images, twice.
+        noise_mode = self.guide.config.correction_mode == "noise"
+        last = self._last
+        if last is not None and last.place == place and torch.equal(latents, last.given):
+            # Once more the same latents: SD3's pass without some layers, which is conditional, behind both branches;
+            # or the negative branch that FLUX passes behind the other.
+            self._moved = None if noise_mode else last.moved
+            return latents if noise_mode and not last.both_branches else last.moved.to(latents.dtype)
         pipeline = self.guide.backbone.pipeline
-        guides = hasattr(pipeline, "unet") and bool(getattr(pipeline, "do_classifier_free_guidance", False))
-        if len(latents) not in (() if guides else (images,)) + (2 * images,):
-            raise InputError(
-                f"the pipeline makes {_images(len(latents))} images, but self-correction was told of {images}; give "
-                "`hooked` the prompts and `num_images_per_prompt` of the call"
-            )
+        guided = _is_guided(pipeline, latents, tokens, images, begun=place > self._first)
+        if len(latents) != (2 * images if guided else images):
+            raise _other_count(len(latents) // (1 + guided), images)
+        exact = pipeline.scheduler.timesteps[place]  # what the denoiser is given may be rounded to its dtype
         self._scoring = True
         try:
-            moved, scores = self.guide.correct(latents[-images:], timestep, tokens)
+            moved, scores = self.guide.correct(latents[-images:], exact, tokens)
         finally:
             self._scoring = False
-        self.scores.append((float(timestep), scores))
-        noise_mode = self.guide.config.correction_mode == "noise"
+        self.scores.append((float(exact), scores))
+        self._last = _Correction(place, latents[-images:], moved, guided)
         self._moved = None if noise_mode else moved
         half = moved.to(latents.dtype)
-        if len(latents) == images:
-            return half
-        return torch.cat([latents[:images] if noise_mode else half, half])
+        return torch.cat([latents[:images] if noise_mode else half, half]) if guided else half
 
     def _moving(self, scheduler: Any) -> Callable[..., Any]:
         """The sampler's `step`, from the latents whose denoiser input is the corrected one.
@@ -150,10 +176,7 @@ class DenoiserHook:
             moved, self._moved = self._moved, None
             if moved is not None:
                 if moved.shape != sample.shape:
-                    raise InputError(
-                        f"the pipeline makes {len(sample)} images, but self-correction was told of {len(moved)}; give "
-                        "`hooked` the prompts and `num_images_per_prompt` of the call"
-                    )
+                    raise _other_count(len(sample), len(moved))
                 sample = move_state(scheduler, sample.float(), moved, timestep).to(sample.dtype)
             return step(output, timestep, sample, *args, **kwargs)
 
@@ -170,5 +193,24 @@ def _nearest(schedule: Tensor, timestep: Any) -> int:
     return int((schedule.float() - torch.as_tensor(timestep).to(schedule.device).float()).abs().argmin())
 
 
-def _images(rows: int) -> str:
-    return str(rows) if rows % 2 else f"{rows // 2} or {rows}"
+def _is_guided(pipeline: Any, latents: Tensor, tokens: Tensor | None, images: int, begun: bool) -> bool:
+    """Does the batch hold both branches of classifier-free guidance, each latent twice?
+
+    Most pipelines say so. Of one that does not (PixArt's), the batch does: its halves are equal and their texts are
+    not. Before the first step (`begun` false) so can `images` from one seed be.
+    """
+    told = getattr(pipeline, "do_classifier_free_guidance", None)
+    if told is not None:
+        return bool(told)
+    half, odd = divmod(len(latents), 2)
+    if odd or not torch.equal(latents[:half], latents[half:]):
+        return False
+    differ = tokens is None or not torch.equal(tokens[:half], tokens[half:])
+    return differ and (begun or len(latents) != images)
+
+
+def _other_count(made: int, told: int) -> InputError:
+    return InputError(
+        f"the pipeline makes {made} image{'' if made == 1 else 's'}, but self-correction was told of {told}; give "
+        "`hooked` the prompts and `num_images_per_prompt` of the call"
+    )

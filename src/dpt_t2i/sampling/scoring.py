@@ -88,8 +88,7 @@ class MatchScorer:
         Raises:
             InputError: the timestep is outside the schedule, or a score is not finite.
         """
-        if not 0 <= timestep < self.backbone.num_train_timesteps:
-            raise InputError(f"score_timestep {timestep} is not in 0..{self.backbone.num_train_timesteps - 1}")
+        check_score_timestep(self.backbone, timestep)
         if not len(latents):
             return latents.new_zeros(0)
         rows = torch.arange(len(latents), device=latents.device)
@@ -100,7 +99,9 @@ class MatchScorer:
         scores = torch.cat(parts)
         if not bool(torch.isfinite(scores).all()):
             bad = int((~torch.isfinite(scores)).nonzero()[0])
-            raise InputError(f"the matching score of image {bad} is NaN; use dtype float32")
+            raise InputError(
+                f"the matching score of image {bad} is NaN; use dtype float32, or if it is that, other weights"
+            )
         return scores
 
     def _score_rows(self, latents: Tensor, text: TextStates, timestep: int, draws: int, seed: int) -> Tensor:
@@ -110,6 +111,16 @@ class MatchScorer:
             noise = shared_noise(seed, draw, latents.shape[1:]).to(latents.device).expand_as(latents)
             scores.append(self(self.backbone.add_noise(latents, noise, timesteps), timesteps, text).float())
         return torch.stack(scores).mean(dim=0)
+
+
+def check_score_timestep(backbone: Backbone, timestep: int) -> None:
+    """Refuse a noise level that `backbone` does not have.
+
+    Raises:
+        InputError: that.
+    """
+    if not 0 <= timestep < backbone.num_train_timesteps:
+        raise InputError(f"score_timestep {timestep} is not in 0..{backbone.num_train_timesteps - 1}")
 
 
 @contextmanager
@@ -140,12 +151,19 @@ def _graph_up_to(denoiser: nn.Module, paths: Sequence[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Judge:
-    """`score_images` with its settings fixed: one fair comparison is one judge."""
+    """`score_images` with its settings fixed: one fair comparison is one judge.
+
+    Raises:
+        InputError: the timestep is outside the schedule.
+    """
 
     scorer: MatchScorer
     timestep: int
     draws: int
     seed: int
+
+    def __post_init__(self) -> None:
+        check_score_timestep(self.scorer.backbone, self.timestep)  # before anything is drawn
 
     def __call__(self, latents: Tensor, text: TextStates) -> Tensor:
         """Clean latents `[B, C, h, w]` and B texts -> `[B]`."""

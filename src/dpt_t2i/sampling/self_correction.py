@@ -25,10 +25,12 @@ from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.fingerprint import check_fingerprint, lora_hash
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import backbone_of
+from dpt_t2i.backbones.lora import lora_is_disabled, lora_parameters
 from dpt_t2i.config import CorrectionConfig, build_config, resolve_key
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.additions import check_additions
 from dpt_t2i.sampling.guide import Guide
+from dpt_t2i.sampling.loop import check_corrected_part
 from dpt_t2i.sampling.offload import check_offload
 from dpt_t2i.sampling.pipeline_hooks import DenoiserHook, StateCallback
 from dpt_t2i.sampling.schedulers import check_state_sampler
@@ -49,8 +51,9 @@ class SelfCorrection:
             what is stored with the adapter, if anything; all else has the command's defaults.
 
     Raises:
-        InputError: an unsupported pipeline, an adapter of another architecture, an unknown setting, no strength, or
-            weights that are offloaded by layer, or an addition that the score cannot share (`check_additions`).
+        InputError: an unsupported pipeline, an adapter of another architecture, an unknown setting, no strength, a
+            corrected part of the schedule that ends before it begins, weights that are offloaded by layer, or an
+            addition that the score cannot share (`check_additions`).
     """
 
     def __init__(self, pipeline: Any, adapter: str | PathLike[str] | DiscriminativeAdapter, **settings: Any) -> None:
@@ -62,11 +65,8 @@ class SelfCorrection:
             adapter, _ = load_adapter(Path(adapter), torch.device("cpu"), self.backbone.fingerprint())
         elif adapter.origin is not None:
             check_fingerprint(adapter.origin.base, self.backbone.fingerprint(), "the adapter")
-        if adapter.origin is not None and adapter.origin.base.get("lora") and lora_hash(self.backbone.denoiser) is None:
-            log.warning(
-                "the adapter was trained together with a LoRA and the pipeline has none: its score may mislead; call "
-                "`pipeline.load_lora_weights` first, unless the LoRA is merged into the weights"
-            )
+        if adapter.origin is not None:
+            _tell_other_lora(adapter.origin.base.get("lora"), self.backbone)
         # A strength means another thing under another rule, so one that is given stands alone.
         given = {resolve_key(CorrectionConfig, key) for key in settings}
         asks = adapter.origin is not None and "correct" not in given
@@ -89,7 +89,8 @@ class SelfCorrection:
             height, width: pixels of the images, needed only by families whose pipelines pack their latents.
 
         Raises:
-            InputError: mode `noise`, a sampler that would undo the correction, or weights offloaded by layer.
+            InputError: mode `noise`, a sampler that would undo the correction, or weights offloaded by layer; and,
+                while sampling, a call none of whose steps it would correct.
         """
         if self.config.correction_mode != "state":
             raise InputError("a callback fires between steps and cannot do correction_mode noise; use `hooked(prompt)`")
@@ -115,7 +116,9 @@ class SelfCorrection:
             height, width: as for `callback`.
 
         Raises:
-            InputError: as for `callback`; and, while sampling, a batch of another size than prompts and images say.
+            InputError: a sampler that would undo a correction in mode `state`, weights offloaded by layer, or another
+                `hooked` at work; and, while sampling, a batch of another size than prompts and images say, or a call
+                none of whose steps would be corrected.
         """
         texts = 1 if isinstance(prompt, str) else len(prompt)
         guide = self._guide(prompt, height, width, texts * num_images_per_prompt)
@@ -139,10 +142,29 @@ class SelfCorrection:
         return Guide(self.backbone, self.scorer, self.config, text, (rows, columns), images)
 
 
+def _tell_other_lora(made_with: str | None, backbone: Backbone) -> None:
+    """Warn where the adapter read a model with a LoRA and the pipeline has none at work, or another one."""
+    if not made_with:
+        return
+    found, disabled = lora_hash(backbone.denoiser), lora_is_disabled(backbone)
+    if found is None or disabled:
+        log.warning(
+            "the adapter was trained together with a LoRA and the pipeline has %s: its score may mislead; call "
+            "`pipeline.%s` first, unless the LoRA is merged into the weights",
+            *(("it disabled", "enable_lora") if disabled else ("none", "load_lora_weights")),
+        )
+    elif found != made_with and all(parameter.dtype == torch.float32 for parameter in lora_parameters(backbone)):
+        log.warning(
+            "the adapter was trained together with another LoRA (%s) than the pipeline has (%s): its score may mislead",
+            made_with, found,
+        )  # fmt: skip
+
+
 def _check_settings(config: CorrectionConfig) -> None:
     if config.correct == 0:
         raise InputError(
             "self-correction needs a strength; give `correct`, for instance 0.05 with correction_rule='relative'"
         )
+    check_corrected_part(config)
     if config.correction_fused:
         raise InputError("correction_fused is for `dpt generate`; give `correction_fused=False` for a pipeline")

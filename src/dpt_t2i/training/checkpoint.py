@@ -65,7 +65,7 @@ def write_checkpoint(
         os.replace(partial, target)
         _sync(run)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {target}: {error}; earlier checkpoints in {run} are intact") from error
+        raise InputError(f"cannot write {target}: {error}; {told_intact(run)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     rotate(run, keep, spared)
@@ -86,6 +86,12 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
         if _number(path) >= 0 and _is_whole(path):
             found.append((_number(path), path))
     return sorted(found)
+
+
+def told_intact(run: Path) -> str:
+    """For the message of a run that fails: what is left to go on from."""
+    whole = checkpoints(run)
+    return f"{whole[-1][1]} is intact" if whole else f"{run} holds no checkpoint yet"
 
 
 def drop(old: Iterable[Path]) -> None:

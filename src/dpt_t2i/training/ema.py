@@ -10,6 +10,7 @@ import torch
 
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.lora import load_lora, lora_parameters
+from dpt_t2i.errors import InputError
 
 FOLDER = "ema"  # below a run folder or checkpoint: the average as a LoRA file like any other
 
@@ -45,5 +46,10 @@ class LoraAverage:
         Raises:
             InputError: the checkpoint holds none: it was written without `ema_decay`.
         """
+        if not (checkpoint / FOLDER).is_dir():
+            raise InputError(
+                f"{checkpoint} holds no running average: it was written without ema_decay; leave ema_decay out, or "
+                "start a run of its own from this LoRA with --lora"
+            )
         load_lora(self.backbone, checkpoint / FOLDER)
         self.values = [parameter.detach().clone() for parameter in lora_parameters(self.backbone)]

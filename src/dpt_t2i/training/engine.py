@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from dpt_t2i.config import TrainConfig
 from dpt_t2i.errors import InputError, Stopped
+from dpt_t2i.files import keep_copy
 from dpt_t2i.training.checkpoint import (
     STATE,
     drop,
@@ -31,6 +31,7 @@ from dpt_t2i.training.checkpoint import (
     later,
     read_optimizer,
     rotate,
+    told_intact,
     write_checkpoint,
 )
 from dpt_t2i.training.job import Job
@@ -151,7 +152,9 @@ class _Run:
                 f"{name}: stopped at {steps}; go on with --resume_from_checkpoint latest in {self.job.output_dir}",
             )
         # First of all the checkpoint: validation and samples may fail, and take long.
-        is_kept = self._due(self.settings.checkpointing_steps)
+        # Nothing was learned in a step without a finite loss, and what comes of many is not worth an older checkpoint.
+        is_ended = self.step == self.settings.max_train_steps
+        is_kept = self._due(self.settings.checkpointing_steps) and (self.in_a_row == 0 or is_ended)
         if is_kept:
             self.save()
         if self.look():
@@ -225,13 +228,13 @@ class _Run:
         run = self.job.output_dir
         gone = later(run, self.step)
         if gone:
+            stays = (
+                f"; the metrics of before stay in {keep_copy(run / METRICS).name}" if (run / METRICS).is_file() else ""
+            )
             log.warning(
-                "goes back to step %d: %s will be removed with the first new checkpoint; the metrics of before stay in "
-                "metrics.before.jsonl",
-                self.step, ", ".join(path.name for path in gone),
+                "goes back to step %d: %s will be removed with the first new checkpoint%s",
+                self.step, ", ".join(path.name for path in gone), stays,
             )  # fmt: skip
-            if (run / METRICS).is_file():
-                shutil.copyfile(run / METRICS, run / "metrics.before.jsonl")
         return gone
 
     def _whole_base(self) -> contextlib.AbstractContextManager[None]:
@@ -249,16 +252,15 @@ class _Run:
             if self.in_a_row == MAX_SKIPPED:
                 raise InputError(
                     f"step {self.step}: the gradient was not finite in {MAX_SKIPPED} steps in a row, at any scale of "
-                    "fp16; give --mixed_precision bf16, or mend the data; the last checkpoint in "
-                    f"{self.job.output_dir} is intact"
+                    f"fp16; give --mixed_precision bf16, or mend the data; {told_intact(self.job.output_dir)}"
                 )
             return
         self.skipped += 1
         if self.settings.on_nan == "stop" or self.in_a_row == MAX_SKIPPED:
             many = f" ({MAX_SKIPPED} in a row)" if self.in_a_row == MAX_SKIPPED else ""
             raise InputError(
-                f"step {self.step}{many}: {outcome.fault}; lower learning_rate or mend the data; the last checkpoint "
-                f"in {self.job.output_dir} is intact"
+                f"step {self.step}{many}: {outcome.fault}; lower learning_rate or mend the data; "
+                f"{told_intact(self.job.output_dir)}"
             )
 
 

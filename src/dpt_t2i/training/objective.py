@@ -36,10 +36,10 @@ from dpt_t2i.training.encode import Encoded
 
 
 class _Stage1(nn.Module):
-    """One batched pass to the taps, in which the denoiser takes no gradient, and every reader's losses on it.
+    """Two batched passes to the taps, in which the denoiser takes no gradient, and every reader's losses on them.
 
     Evaluations of an example, in this order of blocks: (i, t), (i, t_hard), (i, t_rand), (i_hard, t), (i_rand, t),
-    (i, expression); rows whose negative does not exist are left out of the pass.
+    (i, expression); rows whose negative does not exist are left out. The last block is the second pass.
     """
 
     def __init__(
@@ -56,9 +56,15 @@ class _Stage1(nn.Module):
         """Unweighted loss terms by name, each a sum over the readers, so that each gets the gradient that it would get
         alone. `num_boxes`: boxes of the whole optimiser step / its micro-batches and processes."""
         plan = _Plan(batch)
+        split = len(plan.images) - len(batch)
         with torch.no_grad():
-            features = _features(self.backbone, self.taps, batch, draw, plan.images, plan.texts)
-        return discriminate(self.readers, features, plan, batch, num_boxes, self.loss)
+            # Grounding's rows by themselves, as in the release: in another shape a sum rounds otherwise, and a unit
+            # of the adapter that lies on its ReLU's kink then changes gradients by a percent.
+            passes = [
+                _features(self.backbone, self.taps, batch, draw, plan.images[rows], plan.texts[rows])
+                for rows in (slice(split), slice(split, None))
+            ]
+        return discriminate(self.readers, _joined(*passes), plan, batch, num_boxes, self.loss)
 
 
 class ProbeObjective(_Stage1):
@@ -283,10 +289,15 @@ def _damped(features: Features, share: float) -> Features:
     return Features(maps, features.timesteps)
 
 
+def _joined(*parts: Features) -> Features:
+    """The rows of all, one part after another."""
+    maps = {tap: torch.cat([part.maps[tap] for part in parts]) for tap in parts[0].maps}
+    return Features(maps, torch.cat([part.timesteps for part in parts]))
+
+
 def _merged(first: Features, second: Features, is_first: Tensor) -> Features:
     """All rows of both; `is_first` (bool) says of each whose it is."""
-    maps = {tap: torch.cat([first.maps[tap], second.maps[tap]]) for tap in first.maps}
-    stacked = Features(maps, torch.cat([first.timesteps, second.timesteps]))
+    stacked = _joined(first, second)
     if bool(is_first[: len(first)].all()):
         return stacked
     return rows_of(stacked, torch.cat([is_first.nonzero()[:, 0], (~is_first).nonzero()[:, 0]]).argsort())

@@ -29,7 +29,7 @@ from dpt_t2i.training.objective import AtlasObjective, ProbeObjective, weights_o
 from dpt_t2i.training.on_policy import OnPolicy
 from dpt_t2i.training.setup import Setup, set_up, set_up_each, store_adapter, write_config
 from dpt_t2i.training.trackers import METRICS, best_step, read_metrics
-from dpt_t2i.training.validation import Validation
+from dpt_t2i.training.validation import TIMESTEP, Validation
 from dpt_t2i.training.windows import Feed
 
 
@@ -156,9 +156,11 @@ def finish(setup: Setup) -> None:
 def result(folder: Path, figures: dict[str, float], best_metric: str | None) -> dict[str, Any]:
     """What the command prints."""
     lines = [f"{name:10s} {value:.3f}" for name, value in figures.items()]
-    lines.insert(0, "held-out, t = 500:" if lines else "no held-out figure")
+    over = " (loss_mse over all noise levels)" if "loss_mse" in figures else ""
+    lines.insert(0, f"held-out, t = {TIMESTEP}{over}:" if lines else "no held-out figure")
     rows = read_metrics(folder / METRICS)
     best = best_step({row["step"]: row for row in rows if row["split"] == "val"}, best_metric)
     if best is not None:
-        lines.append(f"best checkpoint: checkpoint-{best}")
+        gone = "" if (folder / f"checkpoint-{best}").is_dir() else f"step {best}, which is not kept"
+        lines.append(f"best checkpoint: {gone or f'checkpoint-{best}'}")
     return {"output_dir": str(folder), "validation": figures, "best_step": best, "summary": lines}

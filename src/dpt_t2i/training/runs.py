@@ -36,7 +36,8 @@ def compare_runs(a: Path, b: Path, output: Path) -> dict[str, Any]:
     if output.suffix.lower().removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
         raise InputError(f"--output {output}: no picture format is called `{output.suffix}`; give a .png")
     settings = _differences(*(_settings(folder) for folder in (a, b)))
-    figures = _figures(rows)
+    asked = [_settings(folder).get("train.best_metric") for folder in (a, b)]
+    figures = _figures(rows, asked)
     plot(rows, [_name(a, b), _name(b, a)], output)
     summary = ["settings that differ:", *_table(settings, a, b)] if settings else ["the same settings"]
     summary += ["", "figures:", *_table(figures, a, b), f"plot: {output}"]
@@ -51,7 +52,7 @@ def plot(rows: Sequence[Sequence[Row]], names: Sequence[str], output: Path) -> N
         for key in dict.fromkeys(key for run in rows for row in run if row["split"] == split for key in row)
         if key not in HIDDEN
     ]
-    height = -(-len(panels) // COLUMNS)
+    height = max(1, -(-len(panels) // COLUMNS))
     figure = Figure(figsize=(4 * COLUMNS, 2.6 * height), layout="constrained")
     axes = list(figure.subplots(height, COLUMNS, squeeze=False).flat)
     for axis, (split, key) in zip(axes, panels, strict=False):
@@ -102,7 +103,7 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, 
     return {key: [one.get(key), other.get(key)] for key in keys if one.get(key) != other.get(key)}
 
 
-def _figures(rows: Sequence[Sequence[Row]]) -> dict[str, list[Any]]:
+def _figures(rows: Sequence[Sequence[Row]], best_metrics: Sequence[str | None]) -> dict[str, list[Any]]:
     held_out = [{row["step"]: row for row in run if row["split"] == "val"} for run in rows]
     trained = [{row["step"]: row for row in run if row["split"] == "train"} for run in rows]
     table = {"last step": [max(row["step"] for row in run) for run in rows]}
@@ -110,7 +111,7 @@ def _figures(rows: Sequence[Sequence[Row]]) -> dict[str, list[Any]]:
     if common is not None:
         table |= _pairs([run[common] for run in trained], f"train, step {common}")
     table |= _pairs([run[max(run)] if run else {} for run in held_out], "val, last")
-    best = [best_step(run, None) for run in held_out]
+    best = [best_step(run, metric) for run, metric in zip(held_out, best_metrics, strict=True)]
     table["best step"] = best
     table |= _pairs(
         [{} if step is None else run[step] for run, step in zip(held_out, best, strict=True)], "val, best step"

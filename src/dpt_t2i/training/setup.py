@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ from dpt_t2i.adapter.model import DiscriminativeAdapter
 from dpt_t2i.backbones.fingerprint import lora_hash
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import load_backbone, resolve_device
+from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.backbones.taps import parse_fusion
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import AdapterConfig, ProbeConfig, TrainConfig, TuneConfig, save_config
@@ -29,12 +30,13 @@ from dpt_t2i.data.perturb import perturb
 from dpt_t2i.data.sources import is_streamed, open_records
 from dpt_t2i.data.streams import ShardStream, open_stream
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import keep_copy
 from dpt_t2i.training.cached import open_cache
 from dpt_t2i.training.checkpoint import checkpoints
 from dpt_t2i.training.encode import Encoder
 from dpt_t2i.training.sharding import read_plugin, sharding_asked
 from dpt_t2i.training.start import restore_start, tap_of_start
-from dpt_t2i.training.trackers import start_trackers, usable_tracker
+from dpt_t2i.training.trackers import METRICS, start_trackers, usable_tracker
 from dpt_t2i.training.validation import Validation
 
 # One process, or several that hold all weights (DDP), or all but the frozen denoiser's (FSDP, see `sharding`).
@@ -47,6 +49,9 @@ SUPPORTED = (
     DistributedType.MULTI_NPU,
     DistributedType.MULTI_XPU,
 )
+LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch` was told
+RESULTS = (LORA_FILE, "adapter", "adapters")  # what a run leaves at its end
+PLACES = {"train.resume_from_checkpoint", "output_dir", "run_name"}  # differ where another folder is gone on in
 PATIENCE = timedelta(hours=2)  # in which processes wait for each other: the first one alone draws samples
 StageConfig = TypeVar("StageConfig", ProbeConfig, TuneConfig)
 
@@ -80,6 +85,12 @@ def set_up(config: StageConfig) -> Setup:
         raise InputError(
             f"{config.folder} holds an earlier run (up to step {earlier[-1][0]}): go on with "
             "--resume_from_checkpoint latest, or give another --output_dir or --run_name"
+        )
+    finished = [name for name in RESULTS if (config.folder / name).exists()]
+    if finished and not earlier and (config.folder / METRICS).is_file():
+        raise InputError(
+            f"{config.folder} holds what an earlier run made ({', '.join(finished)}), and no checkpoint to go on from; "
+            "give another --output_dir or --run_name, or take it away"
         )
     accelerator = make_accelerator(config)
     tap = config.model.tap or tap_of_start(config.model.adapter)
@@ -161,6 +172,8 @@ def make_accelerator(config: ProbeConfig | TuneConfig) -> Accelerator:
     if sharding_asked():
         read_plugin()
     place = resolve_device(config.model.device)
+    if place.type == "cpu" and (train.mixed_precision or os.environ.get(LAUNCHED_PRECISION)) == "fp16":
+        raise InputError("mixed_precision fp16 needs a GPU: a CPU would take float32; give --mixed_precision bf16")
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)
     tracker = usable_tracker(train.report_to)
@@ -269,14 +282,16 @@ def write_config(config: ProbeConfig | TuneConfig) -> None:
 
     What a run that goes on has otherwise than before is told, and the settings of before stay as `config.before.yaml`.
     """
-    file = config.folder / "config.yaml"
-    if config.train.resume_from_checkpoint is not None and file.is_file():
-        before, now = _leaves(_read(file)), _leaves(config.model_dump(mode="json"))
-        changed = [key for key in now if before.get(key) != now[key] and key != "train.resume_from_checkpoint"]
+    file, resume = config.folder / "config.yaml", config.train.resume_from_checkpoint
+    if resume is not None:
+        origin = Path(resume).resolve().parent / file.name if Path(resume).is_dir() else file
+        before, now = _leaves(_read(origin)), _leaves(config.model_dump(mode="json"))
+        expected = {"train.resume_from_checkpoint"} if origin.resolve() == file.resolve() else PLACES
+        changed = [key for key in now if before.get(key) != now[key] and key not in expected] if before else []
         for key in changed:
             log.warning("goes on with %s %s, which was %s", key, now[key], before.get(key, "not told"))
-        if changed:
-            shutil.copyfile(file, file.with_name("config.before.yaml"))
+        if changed and file.is_file():
+            keep_copy(file)
     save_config(config, file)
 
 

@@ -9,12 +9,13 @@ is between the two: matching or preference by the denoising error, and no adapte
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dpt_t2i.backbones.lora import add_lora, load_lora, lora_sizes, save_lora
+from dpt_t2i.backbones.lora import add_lora, load_lora, lora_scope, lora_sizes, save_lora
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import LoraSettings, Section, TuneConfig
 from dpt_t2i.errors import InputError
@@ -72,6 +73,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     def save(folder: Path) -> None:
         settings = config.model_dump(mode="json")
         save_lora(setup.backbone, folder, settings)
+        shutil.rmtree(folder / ema.FOLDER, ignore_errors=True)  # an earlier run's, which may have kept one
         if average is not None:
             with average.in_place():
                 save_lora(setup.backbone, folder / ema.FOLDER, settings)
@@ -207,7 +209,14 @@ def _put_lora(config: TuneConfig, setup: Setup) -> TuneConfig:
         asked = getattr(settings, key)
         if asked not in (found, getattr(LoraSettings(), key)) and not others:
             raise InputError(f"LoRA {config.model.lora} has {key} {found:g}, not {asked:g}; leave {key} out")
-    return config.model_copy(update={"lora": settings.model_copy(update={"rank": rank, "lora_alpha": alpha})})
+    scope = lora_scope(setup.backbone, setup.taps)
+    if "lora_scope" in settings.model_fields_set and settings.lora_scope != scope:
+        raise InputError(
+            f"LoRA {config.model.lora} has layers of its own ({scope or 'neither all nor up to the tap'}), not those "
+            f"of lora_scope {settings.lora_scope}; leave lora_scope out"
+        )
+    brought = {"rank": rank, "lora_alpha": alpha} | ({"lora_scope": scope} if scope else {})
+    return config.model_copy(update={"lora": settings.model_copy(update=brought)})
 
 
 def _check_size(config: TuneConfig, setup: Setup, checkpoint: Path) -> None:
