@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpt_t2i.files import in_one_move, keep_copy, write_text
+from dpt_t2i.files import file_hash, in_one_move, keep_copy, write_text
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -30,3 +30,8 @@ def test_copies_are_kept_apart(tmp_path):
     names = ["metrics.before-2.jsonl", "metrics.before-3.jsonl", "metrics.before.jsonl", "metrics.jsonl"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert [(tmp_path / name).read_text() for name in names] == ["two", "three", "one", "three"]
+
+
+def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "empty").write_bytes(b"")
+    assert file_hash(tmp_path / "empty") == "e3b0c44298fc1c14", "of SHA-256 of nothing"

@@ -6,6 +6,8 @@ identities and round trips.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -128,3 +130,9 @@ def tiny_adapter(backbone: StableDiffusionBackbone, taps: str = "up1", seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return DiscriminativeAdapter(config, channels, backbone.pooled_dim, backbone.text_dim).eval()
+
+
+def read_apart(texts: Sequence[str], others: Sequence[str]) -> list[bool]:
+    """Whether the tiny encoder, which reads few tokens, can tell each two apart."""
+    batches = [tiny_tokenizer()(list(some), truncation=True)["input_ids"] for some in (texts, others)]
+    return [one != other for one, other in zip(*batches, strict=True)]

@@ -35,8 +35,11 @@ SETTINGS = {"token_normalize_func": lambda name: name.replace("-", "_"), "max_co
 INSTEAD = {
     ("generate", "--resolution"): "did you mean `--height` and `--width`?",
     ("score", "--timesteps"): "did you mean `--score_timestep`?",
-    ("inspect", "--dataset"): "did you mean `--path`?",
-    ("inspect", "--data_format"): "did you mean `--format`?",
+    ("inspect", "--path"): "did you mean `--dataset`?",
+    ("inspect", "--format"): "did you mean `--data_format`?",
+    ("probe", "--batch_size"): "did you mean `--train_batch_size`?",
+    ("tune", "--batch_size"): "did you mean `--train_batch_size`?",
+    ("", "--model"): "did you mean `--pretrained_model_name_or_path`?",  # of any command
     ("export", "--device"): "files are all it reads and writes, by the CPU alone",
 }
 
@@ -272,7 +275,8 @@ def _usage_message(error: typer.TyperException) -> str:
         return f"{message}; see `{context.command_path} --help`" if context and message[-1:] != "?" else message
     nearest = f"did you mean `{error.possibilities[0]}`?" if error.possibilities else "--help lists the flags"
     context = getattr(error, "ctx", None)
-    nearest = INSTEAD.get((str(context and context.info_name), str(option)), nearest)
+    command_name = str(context and context.info_name)
+    nearest = INSTEAD.get((command_name, str(option))) or INSTEAD.get(("", str(option)), nearest)
     return f"unknown option `{option}`; {nearest}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import shutil
@@ -35,6 +36,12 @@ def save_picture(image: Image, path: Path) -> None:
 
     with in_one_move(path) as unfinished:
         image.save(unfinished, format=registered_extensions()[path.suffix.lower()])
+
+
+def file_hash(path: Path) -> str:
+    """16 hex digits of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def keep_copy(path: Path) -> Path:

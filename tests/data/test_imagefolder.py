@@ -84,3 +84,18 @@ def test_a_folder_of_parts_names_them(tmp_path):
         (tmp_path / part / "metadata.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match=f"does not exist; give {tmp_path / 'train'} or {tmp_path / 'val'}$"):
         read_imagefolder(tmp_path)
+
+
+def test_captions_written_in_another_way_are_told_how(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("no caption")
+    with pytest.raises(InputError, match="metadata.jsonl does not exist; docs/data.md says how"):
+        read_imagefolder(tmp_path)
+    (tmp_path / "1.txt").write_text("a star")
+    with pytest.raises(InputError, match="of captions in a .txt file beside each picture make one line a picture;"):
+        read_imagefolder(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,text")
+    with pytest.raises(InputError, match="metadata.csv is not read: write its rows as JSON, one a line; docs"):
+        read_imagefolder(tmp_path)
+    with pytest.raises(InputError, match="does not exist; give a folder that is there"):
+        read_imagefolder(tmp_path / "gone")

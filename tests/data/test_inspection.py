@@ -84,7 +84,17 @@ def test_the_command_writes_what_it_tells(tmp_path, capsys):
     folder = native(tmp_path / "data", 5)
     out = tmp_path / "out"
     code = cli.main(
-        ["data", "inspect", "--format", "imagefolder", "--path", str(folder), "--output_dir", str(out), "--json"]
+        [
+            "data",
+            "inspect",
+            "--data_format",
+            "imagefolder",
+            "--dataset",
+            str(folder),
+            "--output_dir",
+            str(out),
+            "--json",
+        ]
     )
     assert code == 0
     told = json.loads(capsys.readouterr().out)
@@ -108,17 +118,17 @@ def test_the_command_writes_what_it_tells(tmp_path, capsys):
 def test_the_sheet_leaves_out_what_cannot_be_opened(tmp_path):
     folder = native(tmp_path / "data", 3)
     (folder / "1.png").write_bytes(b"x")
-    result = run_inspect(InspectConfig(path=str(folder), output_dir=tmp_path / "out", sheet_size=64))
+    result = run_inspect(InspectConfig(dataset=str(folder), output_dir=tmp_path / "out", sheet_size=64))
     assert list(result["suspicious"]) == ["broken", "unreadable"]
     assert Image.open(result["contact_sheet"]).size[0] == 2 * (64 + GAP) + GAP
 
 
 def test_nothing_whole_is_bad_input(tmp_path, capsys):
     folder = native(tmp_path / "data", 0)
-    assert cli.main(["data", "inspect", "--path", str(folder), "--output_dir", str(tmp_path / "out")]) == 2
+    assert cli.main(["data", "inspect", "--dataset", str(folder), "--output_dir", str(tmp_path / "out")]) == 2
     assert "error:" in capsys.readouterr().err
     with pytest.raises(InputError, match="neither `scenes` nor a folder"):
-        run_inspect(InspectConfig(path=str(tmp_path / "gone"), output_dir=tmp_path / "out"))
+        run_inspect(InspectConfig(dataset=str(tmp_path / "gone"), output_dir=tmp_path / "out"))
 
 
 def test_a_box_is_drawn_where_its_thing_is() -> None:
@@ -144,7 +154,7 @@ def test_a_misspelt_key_and_the_other_part_are_told(tmp_path):
         flat(3).save(tmp_path / part / "a.png")
         row = {"file_name": "a.png", "captions": ["a"], "expresions": [], "negative": [], "license": "mine"}
         (tmp_path / part / "metadata.jsonl").write_text(json.dumps(row))
-    result = run_inspect(InspectConfig(path=str(tmp_path), output_dir=tmp_path / "out"))
+    result = run_inspect(InspectConfig(dataset=str(tmp_path), output_dir=tmp_path / "out"))
     assert result["suspicious"] == {
         "unknown key": [
             f"{tmp_path / 'train/metadata.jsonl'}, line 1: `expresions` is not read; did you mean `expressions`?",
@@ -158,5 +168,5 @@ def test_a_flat_folder_asked_for_its_val_part_says_that_it_has_none(tmp_path):
     flat(3).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "captions": ["a"]}))
     for split, told in (("train", False), ("val", True)):
-        result = run_inspect(InspectConfig(path=str(tmp_path), split=split, output_dir=tmp_path / "out"))
+        result = run_inspect(InspectConfig(dataset=str(tmp_path), split=split, output_dir=tmp_path / "out"))
         assert any(f"{tmp_path} has no folder `val`" in line for line in result["summary"]) == told

@@ -131,3 +131,36 @@ def test_drawn_scenes_are_said_to_be_what_is_trained_on(caplog):
     assert "train: 50 drawn scenes; --dataset names data of your own" in caplog.text
     with pytest.raises(InputError, match="streaming is not read from data of format scenes"):
         open_records(DataConfig(streaming=True), "train", 24)
+
+
+@pytest.mark.parametrize(
+    ("file", "form"),
+    [
+        ("annotations/captions_train2017.json", "coco"),
+        ("refs(unc).p", "refcoco"),
+        ("train_hard_neg.tsv", "hard_negatives"),
+        ("train/000.tar", "webdataset"),
+        ("finetune_refcoco_train.json", "mdetr"),
+    ],
+)
+def test_a_folder_of_another_format_is_told_which(tmp_path, file, form):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("")
+    with pytest.raises(InputError, match=f"and files as of format {form}; give --data_format {form}"):
+        open_records(DataConfig(dataset=str(tmp_path)), "train", 16)
+
+
+def test_shards_by_a_pattern_need_streaming(tmp_path):
+    pattern = str(tmp_path / "{000..127}.tar")
+    with pytest.raises(InputError, match="does not exist; shards named one by one or by a pattern .* --streaming"):
+        open_records(DataConfig(dataset=pattern, data_format="webdataset"), "train", 16)
+
+
+def test_a_fault_is_told_once_though_both_parts_are_read_from_the_same_file(tmp_path, caplog):
+    imagefolder(tmp_path, "abcdef")
+    file = tmp_path / "metadata.jsonl"
+    file.write_text(file.read_text() + "\n{}\n")
+    config = DataConfig(dataset=str(tmp_path), on_bad="skip", val_samples=2)
+    with caplog.at_level("INFO", "dpt_t2i"):
+        assert [len(open_records(config, side, 16)) for side in ("train", "val")] == [4, 2]
+    assert caplog.text.count("left out: ") == 1 and caplog.text.count("1 faults, left out") == 2

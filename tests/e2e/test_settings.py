@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[type[Section], dict[str, Any]]] = {  # `module:functio
     "dpt_t2i.publish.export:run_export": (settings.ExportConfig, {"lora": None, "format": "kohya"}),
     "dpt_t2i.data.commands:run_perturb": (settings.PerturbConfig, {"dataset": "{data}"}),
     "dpt_t2i.training.mining:run_mine": (settings.MineConfig, {"dataset": "{data}"}),
-    "dpt_t2i.data.inspection:run_inspect": (settings.InspectConfig, {"path": "{data}"}),
+    "dpt_t2i.data.inspection:run_inspect": (settings.InspectConfig, {"dataset": "{data}"}),
     "dpt_t2i.doctor:run_doctor": (settings.DoctorConfig, {}),
 }
 ELSEWHERE = {  # read with other data or another value alone, and refused or of no consequence here

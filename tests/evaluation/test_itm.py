@@ -15,11 +15,31 @@ from dpt_t2i.evaluation.itm import ItmScores, itm_scores, itm_summary
 from dpt_t2i.sampling.model import T2IModel
 from dpt_t2i.sampling.noise import shared_noise
 from dpt_t2i.sampling.scoring import MatchScorer
+from tests.tiny import read_apart
 
 
 @pytest.fixture(scope="module")
 def examples() -> list[EvalExample]:
-    return list(examples_of(SceneRecords("val", 6, 32), 32))
+    found = [example for example in examples_of(SceneRecords("val", 12, 32), 32) if example.hard_caption]
+    told = read_apart([e.caption for e in found], [str(e.hard_caption) for e in found])
+    return [example for example, apart in zip(found, told, strict=True) if apart][:6]
+
+
+def test_a_hard_caption_that_reads_as_the_caption_is_not_asked(model: T2IModel, examples: list[EvalExample]) -> None:
+    """The encoder reads 16 tokens, and takes capitals for small letters."""
+    assert model.scorer is not None
+    far = "red blue " * 10
+    alike = [
+        replace(examples[0], caption=f"{far} star", hard_caption=f"{far} square"),
+        replace(examples[1], hard_caption=examples[1].caption.upper()),
+        examples[2],
+    ]
+    rows = itm_scores(model.scorer, alike, (500,))
+    assert [(row.wrong_text is None, row.unseen) for row in rows] == [(True, True), (True, True), (False, False)]
+    assert all(row.wrong_image is not None for row in rows)
+    summary = itm_summary(rows)["500"]
+    assert (summary["text"]["count"], summary["image"]["count"], summary["unseen"]) == (1, 3, 2)
+    assert "unseen" not in itm_summary(rows[2:])["500"]
 
 
 def test_the_scores_are_those_of_one_pair_at_a_time(model: T2IModel, examples: list[EvalExample]) -> None:
@@ -72,7 +92,7 @@ def test_a_tie_is_never_right(model: T2IModel, examples: list[EvalExample]) -> N
 
 
 def test_nan_names_the_example(model: T2IModel, examples: list[EvalExample]) -> None:
-    with pytest.raises(InputError, match=r"scenes/val-0-000000.*timestep 500.*NaN"):
+    with pytest.raises(InputError, match=r"scenes/val-0-000001.*timestep 500.*NaN"):
         itm_scores(Constant(model, float("nan")), examples, (500,))
 
 

@@ -20,6 +20,7 @@ from dpt_t2i.backbones.lora import LORA_FILE, add_lora, load_lora, save_lora
 from dpt_t2i.cli import main
 from dpt_t2i.config import ExportConfig, build_config
 from dpt_t2i.errors import InputError
+from dpt_t2i.files import file_hash
 from dpt_t2i.publish.export import run_export
 from tests.families import FAMILIES, save_sd3
 from tests.publish.pipelines import ALPHA, RANK, Family, image_of, make, stock
@@ -362,3 +363,47 @@ def test_ranks_and_alphas_that_differ_between_layers_survive(sd1: Family, tmp_pa
     again = load_file(tmp_path / "two" / answer["files"][0])
     assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
     assert header_of(tmp_path / "two" / answer["files"][0])["ss_network_dim"] == "Dynamic"
+
+
+def test_another_lora_is_not_mixed_into_an_export(sd1: Family, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(sd1.base, sd1.lora, out, "diffusers")
+    export(sd1.base, sd1.lora, out, "diffusers", license="mit")  # the same once more
+    export(sd1.base, sd1.lora, out, "kohya")  # and in another format
+    other = tmp_path / "other.safetensors"
+    save_file(
+        {key: value + 0.1 for key, value in load_file(out / LORA_FILE).items()}, other, header_of(out / LORA_FILE)
+    )
+    before = (out / LORA_FILE).read_bytes()
+    for kind in ("diffusers", "kohya"):
+        with pytest.raises(
+            InputError, match=f"{out}/.* is another LoRA than the one to export; give another --output_dir"
+        ):
+            export(sd1.base, other, out, kind)
+    assert (out / LORA_FILE).read_bytes() == before
+    (tmp_path / "odd").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "odd" / "x.safetensors")
+    with pytest.raises(InputError, match="x.safetensors is another LoRA"):
+        export(sd1.base, sd1.lora, tmp_path / "odd", "diffusers")
+
+
+def test_figures_of_other_weights_are_no_part_of_a_card(sd1: Family, tmp_path: Path) -> None:
+    run = tuned(sd1, tmp_path / "run")
+    weights = {"lora": file_hash(run / LORA_FILE), "adapter": file_hash(run / "adapter" / "model.safetensors")}
+    file = tmp_path / "itm.json"
+    file.write_text(json.dumps({"examples": 3, "timesteps": {}, "weights": weights}))
+    export(sd1.base, run, tmp_path / "out", "diffusers", itm=str(file))
+    for part in weights:
+        file.write_text(json.dumps({"examples": 3, "timesteps": {}, "weights": weights | {part: "0" * 16}}))
+        with pytest.raises(InputError, match=rf"given as --itm are of another {part} than is exported \(0000"):
+            export(sd1.base, run, tmp_path / "again", "diffusers", itm=str(file))
+    assert not (tmp_path / "again").exists()
+
+
+def test_merged_is_as_large_as_its_base_unless_a_dtype_is_given(tmp_path: Path) -> None:
+    base = make("sd1", tmp_path).base
+    stock(base).unet.to(torch.bfloat16).save_pretrained(base / "unet")
+    for name, more, dtype in (("own", {}, torch.bfloat16), ("asked", {"dtype": "float32"}, torch.float32)):
+        export(base, tmp_path / "lora", tmp_path / name, "merged", **more)
+        weights = load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
+        assert {value.dtype for value in weights.values()} == {dtype}

@@ -22,7 +22,7 @@ from dpt_t2i.training.probe import run_probe
 from dpt_t2i.training.trackers import read_metrics
 from dpt_t2i.training.tune import run_tune
 from tests.families import FAMILIES
-from tests.tiny import tiny_adapter, tiny_backbone
+from tests.tiny import read_apart, tiny_adapter, tiny_backbone
 
 SETTINGS = DistillConfig(distill_coef=1.0, distill_strength=0.2, distill_min_timestep=500)
 TEXTS = ["a red circle", "a blue square", "two green star"]
@@ -85,7 +85,9 @@ def parts():
     backbone = tiny_backbone()
     adapter = tiny_adapter(backbone)
     examples = Examples(SceneRecords(length=20, size=32), 32)
-    batch = collate([examples[i] for i in range(3)])
+    whole = collate([examples[i] for i in range(20)])
+    told = read_apart(whole.captions, whole.hard_captions)
+    batch = collate([examples[i] for i in range(20) if told[i]][:3])
     encoded = Encoder(backbone, adapter.config.num_token_classes, None)(batch)
     noise = torch.randn(encoded.latents[:3].shape, generator=torch.Generator().manual_seed(0))
     return (

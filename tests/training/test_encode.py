@@ -166,6 +166,23 @@ def test_every_cut_text_is_counted_and_written(backbone, batch, tmp_path, caplog
     assert "2 texts were over the text encoder's limit" in caplog.text
 
 
+def test_a_hard_caption_that_reads_as_the_caption_is_left_out_and_told_once(backbone, batch, caplog):
+    long = " ".join(["red"] * (MAX_TOKENS - 2))
+    alike = replace(
+        batch,
+        captions=(f"{long} star", "a blue star", "a red circle"),
+        hard_captions=(f"{long} square", "", "A RED circle"),
+        hard_pair=torch.tensor([True, False, True]),
+    )
+    encoder = Encoder(backbone, K, None)
+    for _ in range(2):
+        encoded = encoder(alike)
+        assert encoded.has_hard_caption.tolist() == encoded.hard_pair.tolist() == [False, False, False]
+    told = [r.getMessage() for r in caplog.records if "reads as the true one are left out" in r.getMessage()]
+    assert len(told) == 1 and told[0].endswith("such as `{}`".format(f"{long} square"))
+    assert encoder(batch).has_hard_caption.tolist() == [True, False, True]
+
+
 def test_nothing_asks_for_a_gradient(backbone, encoded):
     assert not encoded.latents.requires_grad and not encoded.text.tokens.requires_grad
 

@@ -17,7 +17,7 @@ from dpt_t2i.objectives.rec import rec_losses
 from dpt_t2i.training.denoising import Draw
 from dpt_t2i.training.encode import Encoder
 from dpt_t2i.training.objective import AtlasObjective, DenoiseObjective, ProbeObjective, TuneObjective, weights_of
-from tests.tiny import tiny_adapter, tiny_backbone
+from tests.tiny import read_apart, tiny_adapter, tiny_backbone
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,9 @@ def parts():
     taps = backbone.parse_taps("up1")
     adapter = tiny_adapter(backbone, "up1").eval()
     examples = Examples(SceneRecords(length=20, size=32), 32)
-    batch = collate([examples[i] for i in range(3)])
+    whole = collate([examples[i] for i in range(20)])
+    told = read_apart(whole.captions, whole.hard_captions)
+    batch = collate([examples[i] for i in range(20) if told[i]][:3])
     encoded = Encoder(backbone, adapter.config.num_token_classes, None)(batch)
     generator = torch.Generator().manual_seed(0)
     draw = Draw(

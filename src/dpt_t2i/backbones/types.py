@@ -57,6 +57,15 @@ class TextStates:
             extras={key: value[index] for key, value in self.extras.items()},
         )
 
+    def alike(self, first: Tensor, second: Tensor) -> Tensor:
+        """Of rows `first` and `second` [N] (long) whether each two are one text to the encoders, [N] bool: two that
+        differ behind the token limit, or in capitals alone."""
+        same = torch.ones_like(first, dtype=torch.bool)
+        for states in (self.tokens, self.pooled):  # rounding of half a precision, in another batch, makes no other text
+            difference = (states[first] - states[second]).float().abs().flatten(1).amax(1)
+            same &= difference <= 1e-3 * states[first].float().abs().flatten(1).amax(1)
+        return same
+
     def to(self, device: torch.device) -> TextStates:
         """The same on `device`."""
         return replace(

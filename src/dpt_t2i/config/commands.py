@@ -297,11 +297,11 @@ class DoctorConfig(Section):
 class InspectConfig(Section):
     """Look at a data set: counts, sizes, everything suspicious, and a contact sheet with boxes and expressions."""
 
-    path: str = Field("scenes", description="`scenes`, or the folder of the data; a hub id with huggingface")
-    format: DataFormat = Field("auto", description="how the data are written; auto = scenes or an imagefolder")
-    image_root: Path | None = Field(None, description="folder of the images; default: looked for inside path")
+    dataset: str = Field("scenes", description="`scenes`, or the folder of the data; a hub id with huggingface")
+    data_format: DataFormat = Field("auto", description="how the data are written; auto = scenes or an imagefolder")
+    image_root: Path | None = Field(None, description="folder of the images; default: looked for inside dataset")
     annotations: tuple[Path, ...] = Field(
-        (), description="annotation file or shard; may be given several times; default: those in path"
+        (), description="annotation file or shard; may be given several times; default: those in dataset"
     )
     split: str = Field("train", description="split to look at, in the source's own words")
     max_samples: Annotated[int, Field(gt=0)] | None = Field(None, description="look at the first N records only")

@@ -27,6 +27,8 @@ ALIASES = {  # other names that users know -> leaf; of the release's flags those
     "giou_loss_coef": "giou_coef",
     "contrastive_align_loss_coef": "align_coef",
     "temperature_NCE": "align_temperature",
+    "train_data_dir": "dataset",
+    "dataset_name": "dataset",
     "max_train_samples": "max_samples",
     "img_root": "image_root",
     "correction_factor": "correct",

@@ -26,6 +26,9 @@ class Fault:
     reason: str
 
 
+_TOLD: set[Fault] = set()  # by this process
+
+
 class Faults:
     """What was wrong while a source was read.
 
@@ -58,8 +61,9 @@ class Faults:
             return
         self._seen.add(fault)
         self.found.append(fault)
-        if len(self.found) <= SHOWN and not self.quiet:
+        if len(self.found) <= SHOWN and not self.quiet and fault not in _TOLD:  # a source may be opened twice
             log.warning("left out: %s: %s", where, reason)
+            _TOLD.add(fault)
 
     def attempt(self, where: str, make: Callable[..., Found], *arguments: Any) -> Found | None:
         """What `make(*arguments)` gives, or None where they are broken."""

@@ -36,9 +36,7 @@ def each_record(folder: Path, faults: Faults | None = None) -> Iterator[Record]:
     """
     file, faults = Path(folder) / METADATA, faults or Faults()
     if not file.is_file():
-        parts = [part.parent for part in sorted(file.parent.glob(f"*/{file.name}"))]
-        mend = f"give {' or '.join(map(str, parts))}" if parts else "docs/data.md says how it is written"
-        raise InputError(f"{file} does not exist; {mend}")
+        raise InputError(f"{file} does not exist; {_mend(file.parent)}")
     empty = True
     for record in sound(_records(Path(folder), file, faults), faults):
         empty = False
@@ -47,6 +45,21 @@ def each_record(folder: Path, faults: Faults | None = None) -> Iterator[Record]:
         found = faults.found[:1]
         why = [f": all lines were left out, the first because: {fault.reason}" for fault in found]
         raise InputError(f"{file} holds no record{''.join(why)}")
+
+
+def _mend(folder: Path) -> str:
+    """What to do about a folder without metadata."""
+    if not folder.is_dir():
+        return "give a folder that is there"
+    if parts := [part.parent for part in sorted(folder.glob(f"*/{METADATA}"))]:
+        return f"give {' or '.join(map(str, parts))}"
+    how = "docs/data.md says how it is written"
+    if (folder / "metadata.csv").is_file():
+        return f"metadata.csv is not read: write its rows as JSON, one a line; {how}"
+    texts = {path.stem for path in folder.glob("*.txt")}
+    if any(path.stem in texts and path.suffix != ".txt" for path in folder.iterdir()):
+        return f"of captions in a .txt file beside each picture make one line a picture; {how}"
+    return how
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def run_inspect(config: InspectConfig) -> dict[str, Any]:
     faults = Faults("skip")
     records = _records(config, faults)
     findings = look(records)
-    for where, key, meant in misspelt_keys(Path(config.path), config.split):
+    for where, key, meant in misspelt_keys(Path(config.dataset), config.split):
         findings.add("unknown key", f"{where}: `{key}` is not read; did you mean `{meant}`?")
     for fault in faults.found:
         findings.add("broken", f"{fault.where}: {fault.reason}")
@@ -59,9 +59,9 @@ def run_inspect(config: InspectConfig) -> dict[str, Any]:
     with in_one_move(sheet) as unfinished:
         contact_sheet([records[row] for row in rows], config.sheet_size).save(unfinished, format="PNG")
     other = "val" if config.split == "train" else "train"
-    elsewhere = Path(config.path) / other
+    elsewhere = Path(config.dataset) / other
     result = {
-        "path": config.path,
+        "dataset": config.dataset,
         "counts": asdict(count(records)),
         "sizes": _sizes(findings.sizes),
         "suspicious": {kind: list(found) for kind, found in sorted(findings.suspicious.items())},
@@ -70,8 +70,12 @@ def run_inspect(config: InspectConfig) -> dict[str, Any]:
     file = config.output_dir / "inspection.json"
     write_text(file, json.dumps(result, indent=1) + "\n")
     lines = [*_lines(result), f"contact sheet: {sheet}"]
-    if config.split == "val" and not (Path(config.path) / "val").is_dir() and (Path(config.path) / METADATA).is_file():
-        lines.append(f"all of its records: {config.path} has no folder `val`, so training holds out the last ones")
+    if (
+        config.split == "val"
+        and not (Path(config.dataset) / "val").is_dir()
+        and (Path(config.dataset) / METADATA).is_file()
+    ):
+        lines.append(f"all of its records: {config.dataset} has no folder `val`, so training holds out the last ones")
     if elsewhere.is_dir():
         lines.append(f"of the part `{config.split}` alone; --split {other} looks at {elsewhere}")
     return result | {"summary": lines}
@@ -139,11 +143,11 @@ def _compare_texts(record: Record, name: str, findings: Findings) -> None:
 
 
 def _records(config: InspectConfig, faults: Faults) -> Sequence[Record]:
-    if config.path == "scenes" and config.format in ("auto", "scenes"):
+    if config.dataset == "scenes" and config.data_format in ("auto", "scenes"):
         return SceneRecords("train", config.max_samples or SCENES, SCENE_SIZE)
     data = DataConfig(
-        dataset=config.path,
-        data_format=config.format,
+        dataset=config.dataset,
+        data_format=config.data_format,
         image_root=config.image_root,
         annotations=config.annotations,
         train_split=config.split,
@@ -153,7 +157,7 @@ def _records(config: InspectConfig, faults: Faults) -> Sequence[Record]:
     records = RecordIndex(islice(read_source(data, "train", faults), config.max_samples))
     if not records:
         first = f"; first fault: {faults.found[0].where}: {faults.found[0].reason}" if faults.found else ""
-        raise InputError(f"{config.path}: no whole record among {len(faults.found)} broken ones{first}")
+        raise InputError(f"{config.dataset}: no whole record among {len(faults.found)} broken ones{first}")
     return records
 
 

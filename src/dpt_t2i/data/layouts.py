@@ -16,9 +16,9 @@ TAR_ENDS = (".tar", ".tar.gz", ".tgz")
 PATTERNS = {
     "coco": tuple(f"{at}{kind}_{{split}}*.json" for at in ("annotations/", "") for kind in ("captions", "instances")),
     "refcoco": ("refs(*).p", "instances.json"),
-    "mdetr": ("*_{split}.json", "annotations/*_{split}.json"),
     "hard_negatives": ("{split}*.tsv", "{split}*/imgname2txtid.json"),
     "webdataset": tuple(f"{{split}}{at}*{end}" for at in ("", "/") for end in TAR_ENDS),
+    "mdetr": ("*_{split}.json", "annotations/*_{split}.json"),  # last: its names are like others' too
 }
 
 
@@ -40,7 +40,10 @@ def annotation_files(config: DataConfig, form: str, split: str, held_out: bool) 
         return config.annotations  # one file holds all splits
     folder = Path(config.dataset)
     if not folder.is_dir():
-        raise InputError(f"data set folder {folder} does not exist")
+        mend = ""
+        if form == "webdataset" and config.dataset.endswith(TAR_ENDS):
+            mend = "; shards named one by one or by a pattern are read with --streaming, or give their folder"
+        raise InputError(f"data set folder {folder} does not exist{mend}")
     found = [path for pattern in PATTERNS[form] for path in sorted(folder.glob(pattern.format(split=split)))]
     files = [path.parent if path.name == "imgname2txtid.json" else path for path in found]
     return tuple(dict.fromkeys(files))
@@ -68,6 +71,14 @@ def streamed_shards(config: DataConfig) -> tuple[list[str], list[str]]:
     if len(train) < 2 and not held_out:
         raise InputError(f"{config.dataset}: {len(train)} tar shards, of which the last is held out; give more")
     return (train, held_out) if held_out else (train[:-1], train[-1:])
+
+
+def layout_of(folder: Path) -> str | None:
+    """The format whose files lie in `folder`, whatever the split; None where they are nobody's."""
+    for form, names in PATTERNS.items():
+        if any(next(folder.glob(name.format(split="*").replace("**", "*")), None) for name in names):
+            return form
+    return None
 
 
 def patterns(form: str, split: str) -> str:

@@ -14,9 +14,9 @@ from dpt_t2i.data.coco import read_coco
 from dpt_t2i.data.excluded import excluded_pictures, without
 from dpt_t2i.data.faults import Faults
 from dpt_t2i.data.hub import read_hub, split_names
-from dpt_t2i.data.imagefolder import each_record
+from dpt_t2i.data.imagefolder import METADATA, each_record
 from dpt_t2i.data.index import RecordIndex, Selection
-from dpt_t2i.data.layouts import annotation_files, image_folder, patterns, streamed_shards
+from dpt_t2i.data.layouts import annotation_files, image_folder, layout_of, patterns, streamed_shards
 from dpt_t2i.data.mdetr import read_mdetr
 from dpt_t2i.data.records import Record
 from dpt_t2i.data.refcoco import read_refcoco
@@ -181,7 +181,7 @@ def refuse_unread(config: DataConfig) -> None:
     if unread:
         raise InputError(
             f"{unread[0]} is not read from data of format {form}; leave it out, or say how "
-            f"`{config.dataset}` is written (--data_format, of `data inspect` --format)"
+            f"`{config.dataset}` is written (--data_format)"
         )
 
 
@@ -192,6 +192,9 @@ def _format(config: DataConfig) -> str:
         raise InputError(
             f"data set `{config.dataset}` is neither `scenes` nor a folder; other sources need data_format"
         )
+    folder = Path(config.dataset)
+    if not (folder / METADATA).is_file() and not any(folder.glob(f"*/{METADATA}")) and (form := layout_of(folder)):
+        raise InputError(f"{folder} has no {METADATA}, and files as of format {form}; give --data_format {form}")
     return "imagefolder"
 
 

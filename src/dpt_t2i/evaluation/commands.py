@@ -9,7 +9,10 @@ from typing import Any
 
 from accelerate import PartialState
 
+from dpt_t2i.adapter.io import WEIGHTS, adapter_folder
 from dpt_t2i.backbones.fingerprint import part_hashes
+from dpt_t2i.backbones.loading import choose_artifacts
+from dpt_t2i.backbones.lora import lora_file
 from dpt_t2i.config import AlignmentConfig, DataConfig, DiscriminationConfig, ScoreConfig
 from dpt_t2i.data.index import RecordIndex
 from dpt_t2i.data.sources import open_records
@@ -22,7 +25,7 @@ from dpt_t2i.evaluation.miner import miner_warnings
 from dpt_t2i.evaluation.provenance import command_line, set_aside, versions, write_json, write_rows
 from dpt_t2i.evaluation.rec import rec_oracle, rec_ranks, rec_summary
 from dpt_t2i.evaluation.seen import seen_warnings
-from dpt_t2i.files import save_picture
+from dpt_t2i.files import file_hash, save_picture
 from dpt_t2i.sampling.annotate import annotate
 from dpt_t2i.sampling.images import open_image
 from dpt_t2i.sampling.model import T2IModel, load_model, open_model
@@ -111,6 +114,11 @@ def run_itm(config: DiscriminationConfig) -> dict[str, Any]:
     write_rows(rows_file, (asdict(row) for row in rows))
     warnings = miner_warnings(Path(config.data.dataset), part_hashes(scorer.backbone.pipeline), "matching score")
     warnings += seen_warnings(config.data, scorer.adapter.origin)
+    if unseen := {row.id for row in rows if row.unseen}:
+        warnings.append(
+            f"warning: {len(unseen)} hard captions are not counted: the text encoder reads them as the true one (they "
+            f"differ behind its limit, or in capitals alone), such as that of {min(unseen)}"
+        )
     result = {"timesteps": summary, "warnings": warnings} | _origin(config, len({row.id for row in rows}))
     write_json(result_file, result)
     return result | {"summary": [*_lines(summary, ("text", "image", "both")), *warnings]}
@@ -182,8 +190,14 @@ def _refuse_trainings(data: DataConfig) -> None:
 
 
 def _origin(config: DiscriminationConfig, examples: int) -> dict[str, Any]:
+    model = config.model
+    lora, adapter = choose_artifacts(model.pretrained_model_name_or_path, model.lora, model.adapter, model.revision)
     return {
         "examples": examples,
+        "weights": {
+            "lora": None if lora is None else file_hash(lora_file(lora)),
+            "adapter": None if adapter is None else file_hash(adapter_folder(adapter) / WEIGHTS),
+        },
         "settings": config.model_dump(mode="json"),
         "command": command_line(),
         "versions": versions(),

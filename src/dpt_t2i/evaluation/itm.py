@@ -31,6 +31,7 @@ class ItmScores:
     positive: float  # s(image, caption)
     wrong_text: float | None  # s(image, hard caption)
     wrong_image: float | None  # s(hard image, caption)
+    unseen: bool = False  # the hard caption differs where the text encoder does not read, so that side is not asked
 
     @property
     def text_right(self) -> bool | None:
@@ -51,6 +52,7 @@ class Pairs:
     latents: Tensor  # [N, C, h, w] clean
     noise: Tensor  # [N, C, h, w] the example's own, whatever is shown
     text: TextStates  # N
+    unseen: frozenset[int]  # of `with_text` those whose two captions are one to the text encoder
 
     @staticmethod
     def of(backbone: Backbone, chunk: Chunk, on_truncate: OnTruncate = "warn") -> Pairs:
@@ -64,7 +66,11 @@ class Pairs:
         captions = [e.caption for e in examples]
         texts = captions + [str(examples[i].hard_caption) for i in with_text] + [captions[i] for i in with_image]
         noise = torch.cat([chunk.noise, chunk.noise[with_text], chunk.noise[with_image]])
-        return Pairs(examples, with_text, with_image, torch.cat(parts), noise, backbone.encode_text(texts, on_truncate))
+        states = backbone.encode_text(texts, on_truncate)
+        own = torch.tensor(with_text, dtype=torch.long, device=states.tokens.device)
+        hard = torch.arange(len(examples), len(examples) + len(with_text), device=own.device)
+        unseen = frozenset(own[states.alike(own, hard)].tolist())
+        return Pairs(examples, with_text, with_image, torch.cat(parts), noise, states, unseen)
 
     def noised(self, backbone: Backbone, timestep: int) -> tuple[Tensor, Tensor]:
         """z_t `[N, C, h, w]` and t `[N]`."""
@@ -84,7 +90,15 @@ class Pairs:
         by_text = dict(zip(self.with_text, wrong_text.tolist(), strict=True))
         by_image = dict(zip(self.with_image, wrong_image.tolist(), strict=True))
         return [
-            ItmScores(e.id, e.rule, timestep, float(positive[i]), by_text.get(i), by_image.get(i))
+            ItmScores(
+                e.id,
+                e.rule,
+                timestep,
+                float(positive[i]),
+                None if i in self.unseen else by_text.get(i),
+                by_image.get(i),
+                i in self.unseen,
+            )
             for i, e in enumerate(examples)
         ]
 
@@ -122,7 +136,8 @@ def itm_scores(
 
 def itm_summary(rows: Sequence[ItmScores]) -> dict[str, Any]:
     """Accuracies by timestep: `text`, `image`, `both` (both sides of an example right), each with `count` and a 95 %
-    Wilson interval `low`, `high`; and under `rules` the text side for each way in which hard captions were made."""
+    Wilson interval `low`, `high`; under `rules` the text side for each way in which hard captions were made; and as
+    `unseen` how many hard captions were not asked for, since the text encoder reads them as the true one."""
     return {
         str(timestep): _accuracies([row for row in rows if row.timestep == timestep])
         for timestep in dict.fromkeys(row.timestep for row in rows)
@@ -147,6 +162,7 @@ def _accuracies(rows: Sequence[ItmScores]) -> dict[str, Any]:
     names = sorted({row.rule for row in rows})
     rules = {name: share([row.text_right for row in rows if row.rule == name]) for name in names}
     found: dict[str, Any] = {name: side for name, side in sides.items() if side is not None}
+    found |= {"unseen": unseen} if (unseen := sum(row.unseen for row in rows)) else {}
     return found | {"rules": {name: rule for name, rule in rules.items() if rule is not None}}
 
 

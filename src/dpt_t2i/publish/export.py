@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,12 +22,13 @@ from dpt_t2i.backbones.lora import LORA_FILE, diffusers_reader, lora_file, lora_
 from dpt_t2i.backbones.lora_files import DIFFUSERS_HEADER_KEY, HEADER_KEY, LoraFile, LoraLayer, read_lora
 from dpt_t2i.config import ExportConfig
 from dpt_t2i.errors import InputError
-from dpt_t2i.files import in_one_move, write_text
+from dpt_t2i.files import file_hash, in_one_move, write_text
 from dpt_t2i.publish.base_model import BaseModel, look_at_base
 from dpt_t2i.publish.kohya import kohya_header, kohya_tensors, refuse_dit
 from dpt_t2i.publish.model_card import check_card_place, read_measured, write_export_card
 from dpt_t2i.publish.privacy import public
 
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -34,8 +36,8 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     """Write the LoRA in the asked format, its adapter beside it, and `README.md`.
 
     Raises:
-        InputError: no LoRA to export, one of another family or rank, a format that the family does not have, or an
-            output folder that must not be written.
+        InputError: no LoRA to export, one of another family or rank, a format that the family does not have, figures
+            of other weights, or an output folder that must not be written or holds another LoRA.
     """
     model, folder = config.model, config.output_dir
     check_card_place(folder)
@@ -52,6 +54,7 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
         inner = adapter / "adapter"  # where a run folder has it
         adapter = adapter if (adapter / ADAPTER_CONFIG).is_file() or not inner.is_dir() else inner
         _adapter_card(adapter)  # refused before anything is written
+    _check_measured(measured, lora_file(chosen), adapter)
     lora = read_lora(
         lora_file(chosen),
         {base.denoiser_key: base.denoiser},
@@ -61,9 +64,12 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     _check_base(lora, base)
     if base.denoiser_key == "transformer" and config.format == "diffusers":
         lora = with_alpha_inside(lora)
+    if config.format != "merged":
+        _check_folder(folder, lora, base)
     title = config.title or f"{base.name.rpartition('/')[2]}-dpt"
     if config.format == "merged":
-        written = write_merged(lora, base, folder, DTYPES[model.dtype], adapter)
+        dtype = DTYPES[model.dtype] if "dtype" in model.model_fields_set else stored_dtype(base)
+        written = write_merged(lora, base, folder, dtype, adapter)
     else:
         written = [_write_lora(lora, base, config, title)]
         if adapter is not None:
@@ -140,6 +146,17 @@ def write_merged(
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
+def stored_dtype(base: BaseModel) -> torch.dtype:
+    """That of the denoiser's files, so that a merged model is as large as its base."""
+    files = sorted((base.folder / base.denoiser_key).glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118  # it is no mapping
+                if (name := weights.get_slice(key).get_dtype()) in STORED:
+                    return STORED[name]
+    return torch.float32
+
+
 def change_of(layer: LoraLayer) -> Tensor:
     """`alpha / rank * up @ down`, in the shape of the module's weight."""
     product = layer.up.flatten(1) @ layer.down.flatten(1)
@@ -198,6 +215,41 @@ def _write_lora(lora: LoraFile, base: BaseModel, config: ExportConfig, title: st
     with in_one_move(path) as unfinished:
         save_file({key: value.contiguous() for key, value in tensors.items()}, unfinished, metadata=header)
     return path
+
+
+def _check_measured(measured: Mapping[str, Mapping[str, Any]], lora: Path, adapter: Path | None) -> None:
+    """Figures of `dpt evaluate itm | rec` say which weights they are of; older ones do not."""
+    ours = {"lora": file_hash(lora), "adapter": None if adapter is None else file_hash(adapter / ADAPTER_WEIGHTS)}
+    for kind, figures in measured.items():
+        for part, told in figures.get("weights", {}).items():
+            if told != ours[part]:
+                raise InputError(
+                    f"the figures given as --{kind} are of another {part} than is exported ({told or 'none'}, not "
+                    f"{ours[part] or 'none'}); measure this one, or leave them out"
+                )
+
+
+def _check_folder(folder: Path, lora: LoraFile, base: BaseModel) -> None:
+    """The same LoRA in another format may lie there, and no other."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            other = read_lora(
+                file,
+                {base.denoiser_key: base.denoiser},
+                base.name,
+                diffusers_reader(base.lora_reader(), base.denoiser),
+            )
+        except InputError:
+            other = None
+        if other is None or not _is_same(lora, other):
+            raise InputError(f"{file} is another LoRA than the one to export; give another --output_dir")
+
+
+def _is_same(one: LoraFile, other: LoraFile) -> bool:
+    return one.layers.keys() == other.layers.keys() and all(
+        torch.allclose(change_of(layer), change_of(other.layers[name]), rtol=1e-2, atol=1e-5)  # one may be in float16
+        for name, layer in one.layers.items()
+    )
 
 
 def _measured_files(config: ExportConfig) -> dict[str, Path | None]:

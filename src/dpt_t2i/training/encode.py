@@ -78,6 +78,7 @@ class Encoder:
         self.backbone, self.num_token_classes, self.grounding = backbone, num_token_classes, grounding
         self.vae_batch_size, self.cached, self.skip_bad = vae_batch_size, cached, skip_bad
         self.cut: dict[str, str] = {}  # texts over the encoder's limit -> what of them is not read
+        self._unseen = False  # whether a hard caption was left out that the text encoder cannot tell from the true one
         self._untouched: set[str] = set()  # what was said of spans that touch no token
 
     @torch.no_grad()
@@ -94,6 +95,8 @@ class Encoder:
         rows = [torch.tensor([row[text] for text in column], device=device) for column in columns]
         states = self._text(texts) if self.cached is None else self.cached.text_of(texts, self._text)
         self._note_cut(texts)
+        alike = states.alike(rows[0], rows[1])
+        self._note_alike(batch, alike)
         tokens, mask, offsets = self._ground(batch.expressions, states, rows[3])
         return Encoded(
             latents=self._latents(batch),
@@ -104,8 +107,8 @@ class Encoder:
             expression=rows[3],
             null=torch.tensor([row[""]], device=device),
             has_hard_image=batch.has_hard_image.to(device),
-            has_hard_caption=batch.has_hard_caption.to(device),
-            hard_pair=batch.hard_pair.to(device),
+            has_hard_caption=batch.has_hard_caption.to(device) & ~alike,
+            hard_pair=batch.hard_pair.to(device) & ~alike,
             grounding_tokens=tokens,
             grounding_mask=mask,
             targets=self._targets(batch, offsets).to(device),
@@ -124,6 +127,16 @@ class Encoder:
                 if len(self.cut) <= SHOWN:
                     lost, whole = (shorten(part, TOLD, placeholder=" ...") for part in (text[end:], text))
                     log.warning("longer than the text encoder reads: cut is `%s` of `%s`", lost, whole)
+
+    def _note_alike(self, batch: Batch, alike: Tensor) -> None:
+        """Tell the first hard caption that is the caption itself to the text encoder: it is left out."""
+        if self._unseen:
+            return
+        for index in (alike.cpu() & batch.has_hard_caption.cpu()).nonzero().flatten().tolist():
+            self._unseen = True
+            text = shorten(batch.hard_captions[index], TOLD, placeholder=" ...")
+            log.warning("hard captions that the text encoder reads as the true one are left out, such as `%s`", text)
+            break
 
     def _latents(self, batch: Batch) -> Tensor:
         """Of all pictures that are there; a negative that does not exist costs no pass."""

@@ -14,6 +14,11 @@ from dpt_t2i.data.mine import RULE, add_mined, embed, nearest, write_mined
 from dpt_t2i.errors import InputError
 from dpt_t2i.sampling.shares import processes
 
+KNOWS_SCENES = (
+    "the bundled encoder knows the drawn world alone; for pictures of another kind give --encoder, for instance "
+    "openai/clip-vit-large-patch14"
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +53,7 @@ def run_mine(config: MineConfig) -> dict[str, Any]:
     mined = add_mined(rows, found)
     write_rows(config.dataset, mined)
     captions = sum(negative["rule"] == RULE for row in mined for negative in row.get("negatives") or ())
+    unknown = [KNOWS_SCENES] if config.encoder == "bundled" else []
     bare = sum(not row.captions for row in found)
     return {
         "records": len(records),
@@ -58,5 +64,6 @@ def run_mine(config: MineConfig) -> dict[str, Any]:
         "summary": [
             f"{captions} captions mined for {len(records)} records by {encoder.name}; {bare} records have none, "
             "all others being near-duplicates",
+            *unknown,
         ],
     }
