@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from dpt_t2i import doctor
+from dpt_t2i.adapter.io import save_adapter
 from dpt_t2i.backbones.loading import load_backbone
+from dpt_t2i.backbones.lora import add_lora, save_lora
 from dpt_t2i.config import DoctorConfig, build_config
 from dpt_t2i.errors import InputError
 from tests.families import FAMILIES
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_adapter, tiny_backbone, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,17 @@ def test_a_model_that_does_not_load_is_a_finding(tmp_path: Path) -> None:
 def test_weights_that_are_not_there_are_a_finding(base: Path, tmp_path: Path, name: str) -> None:
     result = doctor.run_doctor(settings(pretrained_model_name_or_path=str(base), **{name: str(tmp_path / "nope")}))
     assert not result["model"]["loads"] and "nope" in result["model"]["problem"]
+
+
+def test_weights_that_the_base_refuses_are_a_finding(base: Path, tmp_path: Path) -> None:
+    other = load_backbone(FAMILIES["sdxl"](tmp_path / "sdxl"), device="cpu")
+    add_lora(other, 2)
+    save_lora(other, tmp_path / "lora", {})
+    result = doctor.run_doctor(settings(pretrained_model_name_or_path=str(base), lora=str(tmp_path / "lora")))
+    assert not result["model"]["loads"] and "lora" in result["model"]["problem"].lower()
+    save_adapter(tiny_adapter(tiny_backbone(), "up2"), tmp_path / "adapter", base_fingerprint=other.fingerprint())
+    result = doctor.run_doctor(settings(pretrained_model_name_or_path=str(base), adapter=str(tmp_path / "adapter")))
+    assert not result["model"]["loads"] and "was made for base" in result["model"]["problem"]
 
 
 def test_a_device_that_is_not_here_is_the_users() -> None:

@@ -13,13 +13,14 @@ import psutil
 import torch
 from torch import Tensor
 
-from dpt_t2i.adapter.io import read_adapter_card
+from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.backbones.interface import Backbone
 from dpt_t2i.backbones.loading import choose_artifacts, load_backbone, resolve_device
-from dpt_t2i.backbones.lora import lora_file
+from dpt_t2i.backbones.lora import load_lora, lora_file, remove_lora
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import DoctorConfig, ModelConfig
 from dpt_t2i.errors import InputError
+from dpt_t2i.sampling.scoring import MatchScorer
 from dpt_t2i.versions import installed
 
 STACK = ("dpt-t2i", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic", "typer")
@@ -107,8 +108,11 @@ def _look_at_model(model: ModelConfig) -> dict[str, Any]:
         backbone = load_backbone(name, model.revision, model.device, model.dtype)
         lora, adapter = choose_artifacts(name, model.lora, model.adapter, model.revision)
         lora = None if lora is None else lora_file(lora)
+        if lora is not None:
+            load_lora(backbone, lora)  # whether the base takes it
         if adapter is not None:
-            read_adapter_card(adapter)
+            MatchScorer.of(backbone, load_adapter(adapter, torch.device("cpu"), backbone.fingerprint())[0])
+        remove_lora(backbone)
     except InputError as error:
         return {"model": {"name": name, "loads": False, "problem": str(error)}, "fits": None}
     found = {

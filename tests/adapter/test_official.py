@@ -146,3 +146,8 @@ def test_missing_keys_are_refused(lost: str) -> None:
 def test_a_tap_that_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="takes 40 channels, tap mid gives 39"):
         adapter_from_official(CHECKPOINT, {"mid": 39}, num_heads=4)
+
+
+def test_a_whole_checkpoint_in_place_of_the_adapters_part_is_told() -> None:
+    with pytest.raises(InputError, match=r"is none of the adapter's; give `sort_official\(state\).adapter` of a whole"):
+        adapter_from_official(WHOLE, {"up1": 1})

@@ -229,6 +229,19 @@ def noise_grows_with_the_timestep(backbone: Backbone) -> None:
     assert backbone.target(clean, noise, TIMESTEPS).shape == clean.shape
 
 
+def one_timestep_stands_for_all_rows(backbone: Backbone) -> None:
+    noisy, _, text = inputs(backbone)
+    tap, each = middle_tap(backbone), torch.tensor([500, 500])
+    noise = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        wanted = backbone.features(noisy, each, text, [tap])
+        for one in (500, torch.tensor(500)):
+            found = backbone.features(noisy, one, text, [tap])
+            assert torch.equal(found.maps[tap.name], wanted.maps[tap.name]) and found.timesteps.tolist() == [500, 500]
+            assert torch.equal(backbone.predict(noisy, one, text)[0], backbone.predict(noisy, each, text)[0])
+            assert torch.equal(backbone.add_noise(noisy, noise, one), backbone.add_noise(noisy, noise, each))
+
+
 def a_fingerprint_is_json_and_knows_the_weights(backbone: Backbone) -> None:
     fingerprint = backbone.fingerprint()
     assert json.loads(json.dumps(fingerprint)) == fingerprint
@@ -277,6 +290,7 @@ CHECKS: tuple[Callable[[Backbone], None], ...] = (
     offsets_line_up_with_tokens,
     images_go_in_and_come_out,
     noise_grows_with_the_timestep,
+    one_timestep_stands_for_all_rows,
     a_fingerprint_is_json_and_knows_the_weights,
     a_lora_file_comes_back_exactly,
 )

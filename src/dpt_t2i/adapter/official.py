@@ -115,6 +115,10 @@ def adapter_from_official(
     Raises:
         InputError: a key is unknown or missing, a shape does not fit the others, or the taps do not fit the projection.
     """
+    if whole := next((key for key in state if key.startswith(("unet.", "module.", _GROUNDING_TEXT))), None):
+        raise InputError(
+            f"`{whole}` is none of the adapter's; give `sort_official(state).adapter` of a whole checkpoint"
+        )
     fused = state.get("fusion_proj.0.weight")
     if fusion is None and fused is not None:
         raise InputError(f"the checkpoint was trained on a fused feature; name it: --tap all-{fused.shape[0]}-<size>")

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dpt_t2i.backbones.types import one_each
 from dpt_t2i.errors import InputError
 
 FLOW = "flow_prediction"  # diffusers' name for a predicted velocity of the flow
@@ -24,8 +25,8 @@ class FlowNoising:
     num_train_timesteps: int
     prediction_type: str = FLOW
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        sigmas = self._sigmas(timesteps)[:, None, None, None]
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
+        sigmas = self._sigmas(one_each(timesteps, latents))[:, None, None, None]
         return (1 - sigmas) * latents + sigmas * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ class Backbone(Protocol):
         """`[B, C, h, w]` -> pixels `[B, 3, H, W]`, nominally in [-1, 1] and not clamped."""
         ...
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Clean latents and noise `[B, C, h, w]`, timesteps `[B]` -> z_t `[B, C, h, w]`."""
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
+        """Clean latents and noise `[B, C, h, w]`, timesteps `[B]`, or one for all -> z_t `[B, C, h, w]`."""
         ...
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -92,12 +92,12 @@ class Backbone(Protocol):
     def features(
         self,
         noisy: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | float,
         text: TextStates,
         taps: Sequence[Tap],
         pictures: Tensor | None = None,
     ) -> Features:
-        """Maps at `taps` of a pass at z_t `[B, C, h, w]` that ends at the deepest of them.
+        """Maps at `taps` of a pass at z_t `[B, C, h, w]` and t `[B]`, or one for all, that ends at the deepest of them.
 
         `pictures` `[B]`: rows with the same number show the same z_t at the same t, and may be computed once.
         """
@@ -106,7 +106,7 @@ class Backbone(Protocol):
     def predict(
         self,
         noisy: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | float,
         text: TextStates,
         taps: Sequence[Tap] = (),
         pictures: Tensor | None = None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dpt_t2i.backbones.types import one_each
 from dpt_t2i.errors import InputError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -30,8 +31,8 @@ class Noising:
             known = ", ".join(PREDICTION_TYPES)
             raise InputError(f"scheduler config: prediction_type `{self.prediction_type}` is not one of {known}")
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        signal, sigma = self._scales(timesteps)
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
+        signal, sigma = self._scales(one_each(timesteps, latents))
         return signal * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from dpt_t2i.backbones.noising import Noising
 from dpt_t2i.backbones.reader import read_maps, read_output
 from dpt_t2i.backbones.shared_rows import shared_rows
 from dpt_t2i.backbones.taps import parse_taps, tap_of_output
-from dpt_t2i.backbones.types import Features, PipelineCall, Tap, TextStates
+from dpt_t2i.backbones.types import Features, PipelineCall, Tap, TextStates, one_each
 from dpt_t2i.errors import InputError
 
 SAMPLE_SIZE = 128  # latent pixels a side where a denoiser's config names none: the pipelines' own default
@@ -140,7 +140,7 @@ class PipelineParts(ABC):
         """`[B, C, h, w]` -> pixels `[B, 3, H, W]`, nominally in [-1, 1], not clamped."""
         return vae_latents.decode_image(self.pipeline.vae, latents, self.upcast_vae)
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
         """z_t `[B, C, h, w]`, the denoiser's input, from clean latents, noise and timesteps `[B]`."""
         return self.noising.add_noise(latents, noise, timesteps)
 
@@ -155,7 +155,7 @@ class PipelineParts(ABC):
     def features(
         self,
         noisy: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | float,
         text: TextStates,
         taps: Sequence[Tap],
         pictures: Tensor | None = None,
@@ -166,24 +166,26 @@ class PipelineParts(ABC):
             pictures: `[B]`: rows with the same number hold the same z_t and t, and are told apart by their texts alone.
                 Changes speed only.
         """
+        timesteps = one_each(timesteps, noisy)
         with self._shared(pictures, taps):
             maps, _ = read_maps(self.denoiser, taps, self._pass(noisy, timesteps, text), True, _sides(noisy))
-        return _as_features(maps, noisy, timesteps)
+        return _as_features(maps, timesteps)
 
     def predict(
         self,
         noisy: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | float,
         text: TextStates,
         taps: Sequence[Tap] = (),
         pictures: Tensor | None = None,
     ) -> tuple[Tensor, Features]:
         """The denoiser's prediction `[B, C, h, w]` float32, and the maps at `taps` of the same pass; `pictures` as in
         `features`."""
+        timesteps = one_each(timesteps, noisy)
         with self._shared(pictures, taps):
             maps, prediction = read_maps(self.denoiser, taps, self._pass(noisy, timesteps, text), False, _sides(noisy))
         assert prediction is not None
-        return prediction.float(), _as_features(maps, noisy, timesteps)
+        return prediction.float(), _as_features(maps, timesteps)
 
     def _shared(self, pictures: Tensor | None, taps: Sequence[Tap]) -> AbstractContextManager[None]:
         return shared_rows(self.denoiser, self.text_free, pictures, [tap.module for tap in taps])
@@ -234,5 +236,5 @@ def _sides(noisy: Tensor) -> tuple[int, int]:
     return noisy.shape[-2], noisy.shape[-1]
 
 
-def _as_features(maps: Mapping[str, Tensor], noisy: Tensor, timesteps: Tensor) -> Features:
-    return Features({name: map_.float() for name, map_ in maps.items()}, timesteps.expand(len(noisy)))
+def _as_features(maps: Mapping[str, Tensor], timesteps: Tensor) -> Features:
+    return Features({name: map_.float() for name, map_ in maps.items()}, timesteps)

@@ -97,3 +97,9 @@ class Features:
 
     def __len__(self) -> int:
         return self.timesteps.shape[0]
+
+
+def one_each(timesteps: Tensor | float, like: Tensor) -> Tensor:
+    """`[B]` timesteps of the rows of `like` `[B, ...]`, on its device; one number may stand for all."""
+    given = torch.as_tensor(timesteps, device=like.device)
+    return given.expand(len(like)) if given.ndim == 0 else given
