@@ -172,6 +172,18 @@ def test_other_weights_find_nothing(backbone, data, run):
     assert len(resized.latents) == 0 and len(resized.text) > 0  # a text has no pixels
 
 
+def test_a_cache_of_other_settings_is_told_as_training_begins(backbone, data, run, caplog):
+    run(data)
+    open_cache(data, backbone, 32)
+    assert "of this run" not in caplog.text
+    open_cache(data, backbone, 64)
+    told = [r.getMessage() for r in caplog.records if "of this run" in r.getMessage()]
+    assert told == [f"cache_dir {data.cache_dir} has no latents of this run, but some of size 32, not 64"]
+    caplog.clear()
+    open_cache(data, tiny_backbone(seed=1), 32)
+    assert caplog.text.count("but some of model tiny-0, not tiny-1; weights ") == 2, "of latents and of texts"
+
+
 @pytest.mark.parametrize("change", [{"pad_token": "<|startoftext|>"}, {"padding_side": "left"}])
 def test_other_padding_finds_nothing(backbone, data, run, change):
     """What stands behind a text is read too, by cross-attention."""

@@ -75,6 +75,17 @@ class Cache:
     def __contains__(self, key: Key) -> bool:
         return key in self._rows
 
+    def elsewhere(self) -> list[str]:
+        """Where this cache holds nothing: what other caches of its kind in the same root differ in, one line each."""
+        lines, kind = [], self.spec.kind
+        for file in sorted(self.folder.parent.glob(f"{kind}-*/spec.json")) if not len(self) else ():
+            with suppress(OSError, ValueError):
+                theirs = json.loads(file.read_text(encoding="utf-8"))
+                differing = [key for key, value in asdict(self.spec).items() if theirs.get(key) != value]
+                told = (f"{key} {theirs.get(key)}, not {getattr(self.spec, key)}" for key in differing)
+                lines.append("; ".join(told))
+        return lines
+
     def refresh(self) -> None:
         """Learn what is in shards that are new. A broken one (no process of ours leaves any) counts as missing."""
         for path in sorted(self.folder.glob("*.safetensors")):

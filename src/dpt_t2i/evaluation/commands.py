@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,8 @@ from dpt_t2i.sampling.images import open_image
 from dpt_t2i.sampling.model import T2IModel, load_model, open_model
 from dpt_t2i.sampling.scoring import MatchScorer, check_score_timestep
 from dpt_t2i.sampling.shares import gathered, processes, share_of
+
+log = logging.getLogger(__name__)
 
 
 def run_score(config: ScoreConfig, image: Path, prompt: str) -> dict[str, Any]:
@@ -66,6 +69,8 @@ def run_alignment(config: AlignmentConfig) -> dict[str, Any]:
     """Compare arms on a prompt suite; see `alignment.run_arms`."""
     model = config.model
     check_weights(config)
+    if model.pretrained_model_name_or_path != "bundled":
+        log.info("the checker knows the drawn world alone; `dpt evaluate images` judges pictures of another kind")
 
     def open_model(lora: Path | None, adapter: Path | None) -> T2IModel:
         loaded = load_model(

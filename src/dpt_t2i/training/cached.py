@@ -105,7 +105,11 @@ def open_cache(config: TrainDataConfig, backbone: Backbone, size: int) -> Cached
     _require_squares(config)
     if not config.cache_dir.is_dir():
         raise InputError(f"cache_dir {config.cache_dir} does not exist; `dpt data cache` fills one")
-    return CachedEncodings(config.cache_dir, backbone, size, config.cache_dtype)
+    found = CachedEncodings(config.cache_dir, backbone, size, config.cache_dtype)
+    for cache in (found.latents, found.text):
+        for line in cache.elsewhere():
+            log.warning("cache_dir %s has no %s of this run, but some of %s", config.cache_dir, cache.spec.kind, line)
+    return found
 
 
 def run_cache(config: CacheConfig) -> dict[str, Any]:
