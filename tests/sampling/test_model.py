@@ -247,3 +247,12 @@ def test_score_takes_one_picture_and_one_prompt():
     for picture, prompt in ((image, ["a star", "two stars"]), (7, "a star"), ([image], "a star")):
         with pytest.raises(InputError, match="takes one picture, or the path of one, and one prompt"):
             model().score(picture, prompt)
+
+
+def test_a_noise_level_that_does_not_exist_is_refused_before_anything_is_drawn() -> None:
+    backbone, drawn = tiny_backbone(), []
+    model = T2IModel(backbone, tiny_adapter(backbone))
+    config = build_config(GenerateConfig, overrides={"score_timestep": 1000, "steps": 2})
+    with pytest.raises(InputError, match="score_timestep 1000 is not in 0..999"):
+        list(model.run(jobs_of(["a star"], [0], False), config, drawn.append))
+    assert drawn == []
