@@ -235,7 +235,7 @@ def one_timestep_stands_for_all_rows(backbone: Backbone) -> None:
     noise = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         wanted = backbone.features(noisy, each, text, [tap])
-        for one in (500, torch.tensor(500)):
+        for one in (500, torch.tensor(500), torch.tensor([500])):
             found = backbone.features(noisy, one, text, [tap])
             assert torch.equal(found.maps[tap.name], wanted.maps[tap.name]) and found.timesteps.tolist() == [500, 500]
             assert torch.equal(backbone.predict(noisy, one, text)[0], backbone.predict(noisy, each, text)[0])

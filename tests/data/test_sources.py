@@ -150,6 +150,12 @@ def test_a_folder_of_another_format_is_told_which(tmp_path, file, form):
         open_records(DataConfig(dataset=str(tmp_path)), "train", 16)
 
 
+def test_a_folder_of_somebody_elses_files_is_told_nothing_of_a_format(tmp_path):
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    with pytest.raises(InputError, match="metadata.jsonl does not exist; docs/data.md says how it is written"):
+        open_records(DataConfig(dataset=str(tmp_path)), "train", 16)
+
+
 def test_shards_by_a_pattern_need_streaming(tmp_path):
     pattern = str(tmp_path / "{000..127}.tar")
     with pytest.raises(InputError, match="does not exist; shards named one by one or by a pattern .* --streaming"):

@@ -403,6 +403,7 @@ def test_figures_of_other_weights_are_no_part_of_a_card(sd1: Family, tmp_path: P
 def test_merged_is_as_large_as_its_base_unless_a_dtype_is_given(tmp_path: Path) -> None:
     base = make("sd1", tmp_path).base
     stock(base).unet.to(torch.bfloat16).save_pretrained(base / "unet")
+    stock(base).unet.to(torch.float16).save_pretrained(base / "unet", variant="fp16")  # which is not what is loaded
     for name, more, dtype in (("own", {}, torch.bfloat16), ("asked", {"dtype": "float32"}, torch.float32)):
         export(base, tmp_path / "lora", tmp_path / name, "merged", **more)
         weights = load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")

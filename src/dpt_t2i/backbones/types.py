@@ -101,5 +101,4 @@ class Features:
 
 def one_each(timesteps: Tensor | float, like: Tensor) -> Tensor:
     """`[B]` timesteps of the rows of `like` `[B, ...]`, on its device; one number may stand for all."""
-    given = torch.as_tensor(timesteps, device=like.device)
-    return given.expand(len(like)) if given.ndim == 0 else given
+    return torch.as_tensor(timesteps, device=like.device).expand(len(like))

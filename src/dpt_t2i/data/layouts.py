@@ -73,10 +73,10 @@ def streamed_shards(config: DataConfig) -> tuple[list[str], list[str]]:
     return (train, held_out) if held_out else (train[:-1], train[-1:])
 
 
-def layout_of(folder: Path) -> str | None:
-    """The format whose files lie in `folder`, whatever the split; None where they are nobody's."""
+def layout_of(folder: Path, splits: Sequence[str]) -> str | None:
+    """The format whose files of one of `splits` lie in `folder`; None where they are nobody's."""
     for form, names in PATTERNS.items():
-        if any(next(folder.glob(name.format(split="*").replace("**", "*")), None) for name in names):
+        if any(next(folder.glob(name.format(split=split)), None) for name in names for split in splits):
             return form
     return None
 

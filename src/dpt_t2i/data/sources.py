@@ -193,7 +193,8 @@ def _format(config: DataConfig) -> str:
             f"data set `{config.dataset}` is neither `scenes` nor a folder; other sources need data_format"
         )
     folder = Path(config.dataset)
-    if not (folder / METADATA).is_file() and not any(folder.glob(f"*/{METADATA}")) and (form := layout_of(folder)):
+    bare = not (folder / METADATA).is_file() and not any(folder.glob(f"*/{METADATA}"))
+    if bare and (form := layout_of(folder, (config.train_split, config.val_split))):
         raise InputError(f"{folder} has no {METADATA}, and files as of format {form}; give --data_format {form}")
     return "imagefolder"
 

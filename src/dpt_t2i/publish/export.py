@@ -148,8 +148,8 @@ def write_merged(
 
 def stored_dtype(base: BaseModel) -> torch.dtype:
     """That of the denoiser's files, so that a merged model is as large as its base."""
-    files = sorted((base.folder / base.denoiser_key).glob("*.safetensors"))
-    for file in files:
+    files = (base.folder / base.denoiser_key).glob("*.safetensors")
+    for file in sorted(files, key=lambda file: (len(file.suffixes), file.name)):  # a variant (`.fp16`) last
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118  # it is no mapping
                 if (name := weights.get_slice(key).get_dtype()) in STORED:
