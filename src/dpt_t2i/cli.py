@@ -39,7 +39,7 @@ INSTEAD = {
     ("inspect", "--format"): "did you mean `--data_format`?",
     ("probe", "--batch_size"): "did you mean `--train_batch_size`?",
     ("tune", "--batch_size"): "did you mean `--train_batch_size`?",
-    ("", "--model"): "did you mean `--pretrained_model_name_or_path`?",  # of any command
+    ("mine", "--model"): "did you mean `--encoder`?",
     ("export", "--device"): "files are all it reads and writes, by the CPU alone",
 }
 
@@ -276,7 +276,10 @@ def _usage_message(error: typer.TyperException) -> str:
     nearest = f"did you mean `{error.possibilities[0]}`?" if error.possibilities else "--help lists the flags"
     context = getattr(error, "ctx", None)
     command_name = str(context and context.info_name)
-    nearest = INSTEAD.get((command_name, str(option))) or INSTEAD.get(("", str(option)), nearest)
+    known = {name for parameter in getattr(context and context.command, "params", ()) for name in parameter.opts}
+    if option == "--model" and "--pretrained_model_name_or_path" in known:
+        nearest = "did you mean `--pretrained_model_name_or_path`?"
+    nearest = INSTEAD.get((command_name, str(option)), nearest)
     return f"unknown option `{option}`; {nearest}"
 
 

@@ -18,7 +18,7 @@ from dpt_t2i.backbones.lora import (
     lora_disabled,
     lora_file,
     lora_parameters,
-    lora_scope,
+    lora_scopes,
     place_lora,
     read_lora_header,
     remove_lora,
@@ -299,7 +299,8 @@ def test_a_folder_stands_for_its_one_file_and_an_adapters_folder_is_told_from_a_
 def test_the_scope_of_a_lora_can_be_told(scope):
     backbone = tiny_backbone()
     taps = backbone.parse_taps("bottom1")
-    assert lora_scope(backbone, taps) is None
+    assert lora_scopes(backbone, taps) == []
     add_lora(backbone, 2, scope=scope, taps=taps)
-    assert lora_scope(backbone, taps) == scope
-    assert lora_scope(backbone, backbone.parse_taps("bottom0")) == ("all" if scope == "all" else None)
+    assert lora_scopes(backbone, taps) == [scope]
+    assert lora_scopes(backbone, backbone.parse_taps("bottom0")) == (["all"] if scope == "all" else [])
+    assert lora_scopes(backbone, backbone.parse_taps("up3")) == (["all", "to_tap"] if scope == "all" else [])

@@ -369,42 +369,49 @@ def test_another_lora_is_not_mixed_into_an_export(sd1: Family, tmp_path: Path) -
     out = tmp_path / "out"
     export(sd1.base, sd1.lora, out, "diffusers")
     export(sd1.base, sd1.lora, out, "diffusers", license="mit")  # the same once more
-    export(sd1.base, sd1.lora, out, "kohya")  # and in another format
+    export(sd1.base, sd1.lora, out, "kohya", title="one")  # and in another format
     other = tmp_path / "other.safetensors"
-    save_file(
-        {key: value + 0.1 for key, value in load_file(out / LORA_FILE).items()}, other, header_of(out / LORA_FILE)
-    )
+    moved = {key: value + 0.1 for key, value in load_file(out / LORA_FILE).items()}
+    save_file(moved, other, header_of(out / LORA_FILE))
     before = (out / LORA_FILE).read_bytes()
     for kind in ("diffusers", "kohya"):
-        with pytest.raises(
-            InputError, match=f"{out}/.* is another LoRA than the one to export; give another --output_dir"
-        ):
+        with pytest.raises(InputError, match=f"{LORA_FILE} is not the LoRA to export; give another --output_dir"):
             export(sd1.base, other, out, kind)
     assert (out / LORA_FILE).read_bytes() == before
-    (tmp_path / "odd").mkdir()
-    save_file({"x": torch.zeros(1)}, tmp_path / "odd" / "x.safetensors")
-    with pytest.raises(InputError, match="x.safetensors is another LoRA"):
-        export(sd1.base, sd1.lora, tmp_path / "odd", "diffusers")
+    shared = tmp_path / "loras"  # of a program that keeps them all in one folder
+    shared.mkdir()
+    save_file({"x": torch.zeros(1)}, shared / "x.safetensors")
+    export(sd1.base, sd1.lora, shared, "kohya", title="mine")
+    for lora, title in ((other, "mine"), (sd1.lora, "x")):
+        with pytest.raises(InputError, match=f"{title}.safetensors is not the LoRA to export; .* or --title"):
+            export(sd1.base, lora, shared, "kohya", title=title)
 
 
-def test_figures_of_other_weights_are_no_part_of_a_card(sd1: Family, tmp_path: Path) -> None:
+def test_figures_of_another_adapter_are_no_part_of_a_card(
+    sd1: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = tuned(sd1, tmp_path / "run")
     weights = {"lora": file_hash(run / LORA_FILE), "adapter": file_hash(run / "adapter" / "model.safetensors")}
     file = tmp_path / "itm.json"
     file.write_text(json.dumps({"examples": 3, "timesteps": {}, "weights": weights}))
     export(sd1.base, run, tmp_path / "out", "diffusers", itm=str(file))
-    for part in weights:
-        file.write_text(json.dumps({"examples": 3, "timesteps": {}, "weights": weights | {part: "0" * 16}}))
-        with pytest.raises(InputError, match=rf"given as --itm are of another {part} than is exported \(0000"):
-            export(sd1.base, run, tmp_path / "again", "diffusers", itm=str(file))
-    assert not (tmp_path / "again").exists()
+    assert "another" not in caplog.text
+    export(sd1.base, tmp_path / "out", tmp_path / "again", "diffusers", itm=str(file))  # the same LoRA, another header
+    assert "given as --itm are of another lora file than is exported" in caplog.text
+    file.write_text(json.dumps({"examples": 3, "timesteps": {}, "weights": weights | {"adapter": "0" * 16}}))
+    with pytest.raises(InputError, match=r"given as --itm are of another adapter file than is exported \(0000"):
+        export(sd1.base, run, tmp_path / "third", "diffusers", itm=str(file))
+    assert not (tmp_path / "third").exists()
 
 
-def test_merged_is_as_large_as_its_base_unless_a_dtype_is_given(tmp_path: Path) -> None:
+def test_where_half_the_size_would_do_a_merged_model_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = make("sd1", tmp_path).base
-    stock(base).unet.to(torch.bfloat16).save_pretrained(base / "unet")
-    stock(base).unet.to(torch.float16).save_pretrained(base / "unet", variant="fp16")  # which is not what is loaded
-    for name, more, dtype in (("own", {}, torch.bfloat16), ("asked", {"dtype": "float32"}, torch.float32)):
-        export(base, tmp_path / "lora", tmp_path / name, "merged", **more)
-        weights = load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
-        assert {value.dtype for value in weights.values()} == {dtype}
+    with caplog.at_level("INFO", "dpt_t2i"):
+        export(base, tmp_path / "lora", tmp_path / "one", "merged")
+        assert "halves the model" not in caplog.text
+        stock(base).unet.to(torch.bfloat16).save_pretrained(base / "unet")
+        stock(base).unet.to(torch.float16).save_pretrained(base / "unet", variant="fp16")  # which is not what is loaded
+        export(base, tmp_path / "lora", tmp_path / "two", "merged")
+        assert "the base's files are bfloat16: --dtype bfloat16 halves the model" in caplog.text
+    weights = load_file(tmp_path / "two" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}

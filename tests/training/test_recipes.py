@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dpt_t2i.adapter.io import load_adapter
 from dpt_t2i.backbones.loading import load_backbone
+from dpt_t2i.backbones.lora import LORA_FILE
 from dpt_t2i.config import TuneConfig, build_config
 from dpt_t2i.errors import InputError
 from dpt_t2i.training import probe as probe_module
@@ -355,6 +356,12 @@ def test_a_lora_to_go_on_from_brings_its_rank_along(probe_config, tune_config, t
         InputError, match=r"has layers of its own \(all\), not those of lora_scope to_tap; leave lora_sco"
     ):
         run_tune(tune_config(**few, lora=str(tmp_path / "first"), lora_scope="to_tap", output_dir=str(tmp_path / "x")))
+    half = {key: value for key, value in load_file(first.output_dir / LORA_FILE).items() if ".to_q." in key}
+    save_file(half, tmp_path / "half.safetensors")  # of layers that no scope has; and once more with all settings
+    odd = tune_config(**few, lora=str(tmp_path / "half.safetensors"), output_dir=str(tmp_path / "odd"))
+    run_tune(odd)
+    more = {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    run_tune(build_config(TuneConfig, odd.output_dir / "config.yaml", more))
     onward = {**few, "max_train_steps": 2, "output_dir": str(first.output_dir), "resume_from_checkpoint": "latest"}
     with pytest.raises(InputError, match="checkpoint-1 holds a LoRA of rank 3 and alpha 6, this run asks for 5 and 5"):
         run_tune(tune_config(**onward, rank=5))

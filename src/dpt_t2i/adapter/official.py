@@ -115,7 +115,8 @@ def adapter_from_official(
     Raises:
         InputError: a key is unknown or missing, a shape does not fit the others, or the taps do not fit the projection.
     """
-    if whole := next((key for key in state if key.startswith(("unet.", "module.", _GROUNDING_TEXT))), None):
+    others = (key for key in state if key.startswith(("module.", _GROUNDING_TEXT)) or _LORA.fullmatch(key))
+    if whole := next(others, None):
         raise InputError(
             f"`{whole}` is none of the adapter's; give `sort_official(state).adapter` of a whole checkpoint"
         )

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dpt_t2i.backbones.types import one_each
 from dpt_t2i.errors import InputError
 
 FLOW = "flow_prediction"  # diffusers' name for a predicted velocity of the flow
@@ -26,7 +26,7 @@ class FlowNoising:
     prediction_type: str = FLOW
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
-        sigmas = self._sigmas(one_each(timesteps, latents))[:, None, None, None]
+        sigmas = self._sigmas(torch.as_tensor(timesteps, device=latents.device).reshape(-1))[:, None, None, None]
         return (1 - sigmas) * latents + sigmas * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -85,12 +85,12 @@ def lora_sizes(backbone: Backbone) -> list[tuple[int, float]]:
     return sorted({(one.r[name], float(one.lora_alpha[name])) for one in layers for name in one.r})
 
 
-def lora_scope(backbone: Backbone, taps: Sequence[Tap]) -> Literal["all", "to_tap"] | None:
-    """The `scope` of `add_lora` that the LoRA's layers are those of; None where they are others, or there are none."""
+def lora_scopes(backbone: Backbone, taps: Sequence[Tap]) -> list[Literal["all", "to_tap"]]:
+    """The `scope`s of `add_lora` that give the layers of this LoRA: both where the tap is the deepest, none of a LoRA
+    of other layers."""
     layers = {name for name, module in backbone.denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
-    if layers == set(_projections(backbone)):
-        return "all"
-    return "to_tap" if layers and layers == set(_projections_up_to(backbone, taps)) else None
+    found: list[Literal["all", "to_tap"]] = ["all"] if layers == set(_projections(backbone)) else []
+    return found + (["to_tap"] if layers and layers == set(_projections_up_to(backbone, taps)) else [])
 
 
 def remove_lora(backbone: Backbone) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from dpt_t2i.backbones.types import one_each
 from dpt_t2i.errors import InputError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -32,7 +32,7 @@ class Noising:
             raise InputError(f"scheduler config: prediction_type `{self.prediction_type}` is not one of {known}")
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
-        signal, sigma = self._scales(one_each(timesteps, latents))
+        signal, sigma = self._scales(torch.as_tensor(timesteps, device=latents.device).reshape(-1))
         return signal * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ class Cache:
         for file in sorted(self.folder.parent.glob(f"{kind}-*/spec.json")) if not len(self) else ():
             with suppress(OSError, ValueError):
                 theirs = json.loads(file.read_text(encoding="utf-8"))
-                differing = [key for key, value in asdict(self.spec).items() if theirs.get(key) != value]
+                ours = asdict(self.spec)
+                differing = [key for key in ours if key != "model" and theirs.get(key) != ours[key]]
                 told = (f"{key} {theirs.get(key)}, not {getattr(self.spec, key)}" for key in differing)
                 lines.append("; ".join(told))
         return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,8 +29,10 @@ from dpt_t2i.publish.kohya import kohya_header, kohya_tensors, refuse_dit
 from dpt_t2i.publish.model_card import check_card_place, read_measured, write_export_card
 from dpt_t2i.publish.privacy import public
 
-STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
+STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by safetensors' names
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "config.json", "model.safetensors"
+
+log = logging.getLogger(__name__)
 
 
 def run_export(config: ExportConfig) -> dict[str, Any]:
@@ -64,14 +67,16 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     _check_base(lora, base)
     if base.denoiser_key == "transformer" and config.format == "diffusers":
         lora = with_alpha_inside(lora)
-    if config.format != "merged":
-        _check_folder(folder, lora, base)
     title = config.title or f"{base.name.rpartition('/')[2]}-dpt"
+    target = folder / (re.sub(r"[^\w.-]+", "-", title) + ".safetensors" if config.format == "kohya" else LORA_FILE)
+    if config.format != "merged":
+        _check_folder(target, lora, base)
     if config.format == "merged":
-        dtype = DTYPES[model.dtype] if "dtype" in model.model_fields_set else stored_dtype(base)
-        written = write_merged(lora, base, folder, dtype, adapter)
+        written = write_merged(lora, base, folder, DTYPES[model.dtype], adapter)
+        if "dtype" not in model.model_fields_set and (stored := stored_dtype(base)) != model.dtype:
+            log.info("written in %s; the base's files are %s: --dtype %s halves the model", model.dtype, stored, stored)
     else:
-        written = [_write_lora(lora, base, config, title)]
+        written = [_write_lora(target, lora, base, config, title)]
         if adapter is not None:
             written += copy_adapter(adapter, folder / "adapter")
     written.append(write_export_card(folder, title, base, lora.ours.get("config", {}), config.license, **measured))
@@ -146,15 +151,15 @@ def write_merged(
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
-def stored_dtype(base: BaseModel) -> torch.dtype:
-    """That of the denoiser's files, so that a merged model is as large as its base."""
+def stored_dtype(base: BaseModel) -> str:
+    """That of the denoiser's files, such as `float16`; `float32` of formats that do not tell."""
     files = (base.folder / base.denoiser_key).glob("*.safetensors")
     for file in sorted(files, key=lambda file: (len(file.suffixes), file.name)):  # a variant (`.fp16`) last
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118  # it is no mapping
                 if (name := weights.get_slice(key).get_dtype()) in STORED:
                     return STORED[name]
-    return torch.float32
+    return "float32"
 
 
 def change_of(layer: LoraLayer) -> Tensor:
@@ -203,13 +208,12 @@ def _check_base(lora: LoraFile, base: BaseModel, hashes: Mapping[str, Any] | Non
     check_fingerprint(made_for, actual, f"LoRA {lora.path}")
 
 
-def _write_lora(lora: LoraFile, base: BaseModel, config: ExportConfig, title: str) -> Path:
+def _write_lora(path: Path, lora: LoraFile, base: BaseModel, config: ExportConfig, title: str) -> Path:
     if config.format == "kohya":
-        name, tensors = re.sub(r"[^\w.-]+", "-", title) + ".safetensors", kohya_tensors(lora, base)
+        tensors = kohya_tensors(lora, base)
         header = kohya_header(lora, base, tensors, title, config.license, config.usage_hint)
     else:
-        name, tensors, header = LORA_FILE, diffusers_tensors(lora), diffusers_header(lora, base)
-    path = config.output_dir / name
+        tensors, header = diffusers_tensors(lora), diffusers_header(lora, base)
     if path.resolve() == lora.path.resolve():
         raise InputError(f"{path} is the LoRA to export itself; give another --output_dir")
     with in_one_move(path) as unfinished:
@@ -218,20 +222,29 @@ def _write_lora(lora: LoraFile, base: BaseModel, config: ExportConfig, title: st
 
 
 def _check_measured(measured: Mapping[str, Mapping[str, Any]], lora: Path, adapter: Path | None) -> None:
-    """Figures of `dpt evaluate itm | rec` say which weights they are of; older ones do not."""
+    """Figures of `dpt evaluate itm | rec` say which weights they are of; older ones do not.
+
+    One LoRA may lie in several files, of another header or format, so that of another file is a warning.
+    """
     ours = {"lora": file_hash(lora), "adapter": None if adapter is None else file_hash(adapter / ADAPTER_WEIGHTS)}
     for kind, figures in measured.items():
         for part, told in figures.get("weights", {}).items():
-            if told != ours[part]:
-                raise InputError(
-                    f"the figures given as --{kind} are of another {part} than is exported ({told or 'none'}, not "
-                    f"{ours[part] or 'none'}); measure this one, or leave them out"
-                )
+            if told == ours[part]:
+                continue
+            differ = (
+                f"the figures given as --{kind} are of another {part} file than is exported ({told or 'none'}, not "
+            )
+            differ += f"{ours[part] or 'none'})"
+            if part == "adapter":
+                raise InputError(f"{differ}; measure this one, or leave them out")
+            log.warning("%s; see that it is the same LoRA", differ)
 
 
-def _check_folder(folder: Path, lora: LoraFile, base: BaseModel) -> None:
-    """The same LoRA in another format may lie there, and no other."""
-    for file in sorted(folder.glob("*.safetensors")):
+def _check_folder(target: Path, lora: LoraFile, base: BaseModel) -> None:
+    """What would be replaced, or described by the same card, must be the same LoRA."""
+    for file in (target, target.with_name(LORA_FILE)):
+        if not file.is_file():
+            continue
         try:
             other = read_lora(
                 file,
@@ -242,7 +255,7 @@ def _check_folder(folder: Path, lora: LoraFile, base: BaseModel) -> None:
         except InputError:
             other = None
         if other is None or not _is_same(lora, other):
-            raise InputError(f"{file} is another LoRA than the one to export; give another --output_dir")
+            raise InputError(f"{file} is not the LoRA to export; give another --output_dir or --title")
 
 
 def _is_same(one: LoraFile, other: LoraFile) -> bool:

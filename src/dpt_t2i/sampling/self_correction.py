@@ -155,7 +155,8 @@ def _tell_other_lora(made_with: str | None, backbone: Backbone) -> None:
         )
     elif found != made_with and all(parameter.dtype == torch.float32 for parameter in lora_parameters(backbone)):
         log.warning(
-            "the adapter was trained together with another LoRA (%s) than the pipeline has (%s): its score may mislead",
+            "the adapter was trained together with another LoRA (%s) than the pipeline has (%s): its score may "
+            "mislead, unless that is its running average, or it with alpha in its weights",
             made_with, found,
         )  # fmt: skip
 

@@ -130,7 +130,11 @@ class Encoder:
 
     def _note_alike(self, batch: Batch, alike: Tensor) -> None:
         """Tell the first hard caption that is the caption itself to the text encoder: it is left out."""
-        if self._unseen:
+        pairs = zip(batch.captions, batch.hard_captions, batch.has_hard_caption.tolist(), strict=True)
+        likely = any(
+            is_there and (hard in self.cut or hard.casefold() == own.casefold()) for own, hard, is_there in pairs
+        )
+        if self._unseen or not likely:  # a look at the device would wait for it, batch after batch
             return
         for index in (alike.cpu() & batch.has_hard_caption.cpu()).nonzero().flatten().tolist():
             self._unseen = True

@@ -85,6 +85,7 @@ class _Run:
         self.optimizer = make_optimizer(self.parameters.values(), self.settings)
         self.identity = _identity(job, accelerator)
         self.step, self.skipped, self.in_a_row = 0, 0, 0
+        self.owed = False  # a checkpoint that was due
         saved: dict[str, Any] = {}
         if checkpoint is not None:
             saved = read_optimizer(checkpoint, self.parameters, self.optimizer)
@@ -152,9 +153,10 @@ class _Run:
                 f"{name}: stopped at {steps}; go on with --resume_from_checkpoint latest in {self.job.output_dir}",
             )
         # First of all the checkpoint: validation and samples may fail, and take long.
-        # Nothing was learned in a step without a finite loss, and what comes of many is not worth an older checkpoint.
-        is_ended = self.step == self.settings.max_train_steps
-        is_kept = self._due(self.settings.checkpointing_steps) and (self.in_a_row == 0 or is_ended)
+        # In a streak of steps without a finite loss nothing is learned that were worth an older checkpoint: it comes
+        # with the next sound step.
+        self.owed = self.owed or self._due(self.settings.checkpointing_steps)
+        is_kept = self.owed and (self.in_a_row == 0 or self.step == self.settings.max_train_steps)
         if is_kept:
             self.save()
         if self.look():
@@ -192,6 +194,7 @@ class _Run:
 
     def save(self) -> None:
         """The checkpoint of this step; of the earlier ones the newest stay, and the best by validation."""
+        self.owed = False
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None

@@ -60,11 +60,13 @@ class _Stage1(nn.Module):
         with torch.no_grad():
             # Grounding's rows by themselves, as in the release: in another shape a sum rounds otherwise, and a unit
             # of the adapter that lies on its ReLU's kink then changes gradients by a percent.
-            passes = [
-                _features(self.backbone, self.taps, batch, draw, plan.images[rows], plan.texts[rows])
-                for rows in (slice(split), slice(split, None))
-            ]
-        return discriminate(self.readers, _joined(*passes), plan, batch, num_boxes, self.loss)
+            features = _joined(
+                *(
+                    _features(self.backbone, self.taps, batch, draw, plan.images[rows], plan.texts[rows])
+                    for rows in (slice(split), slice(split, None))
+                )
+            )
+        return discriminate(self.readers, features, plan, batch, num_boxes, self.loss)
 
 
 class ProbeObjective(_Stage1):

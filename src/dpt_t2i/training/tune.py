@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from dpt_t2i.backbones.lora import add_lora, load_lora, lora_scope, lora_sizes, save_lora
+from dpt_t2i.backbones.lora import add_lora, load_lora, lora_scopes, lora_sizes, save_lora
 from dpt_t2i.backbones.types import Tap
 from dpt_t2i.config import LoraSettings, Section, TuneConfig
 from dpt_t2i.errors import InputError
@@ -209,13 +209,15 @@ def _put_lora(config: TuneConfig, setup: Setup) -> TuneConfig:
         asked = getattr(settings, key)
         if asked not in (found, getattr(LoraSettings(), key)) and not others:
             raise InputError(f"LoRA {config.model.lora} has {key} {found:g}, not {asked:g}; leave {key} out")
-    scope = lora_scope(setup.backbone, setup.taps)
-    if "lora_scope" in settings.model_fields_set and settings.lora_scope != scope:
+    scopes = lora_scopes(setup.backbone, setup.taps)
+    if settings.lora_scope not in (LoraSettings().lora_scope, *scopes):
         raise InputError(
-            f"LoRA {config.model.lora} has layers of its own ({scope or 'neither all nor up to the tap'}), not those "
-            f"of lora_scope {settings.lora_scope}; leave lora_scope out"
+            f"LoRA {config.model.lora} has layers of its own ({', '.join(scopes) or 'neither all nor up to the tap'}), "
+            f"not those of lora_scope {settings.lora_scope}; leave lora_scope out"
         )
-    brought = {"rank": rank, "lora_alpha": alpha} | ({"lora_scope": scope} if scope else {})
+    brought: dict[str, Any] = {"rank": rank, "lora_alpha": alpha}
+    if scopes and settings.lora_scope not in scopes:
+        brought["lora_scope"] = scopes[0]
     return config.model_copy(update={"lora": settings.model_copy(update=brought)})
 
 
