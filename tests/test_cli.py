@@ -180,6 +180,7 @@ def test_scenes_call_their_functions(work: Callable[..., Work], capsys: pytest.C
         (["probe", "lerning_rate=1"], "did you mean `learning_rate`"),
         (["generate", "--resolution", "64"], "did you mean `--height` and `--width`?"),
         (["generate", "--model", "x"], "unknown option `--model`; did you mean `--pretrained_model_name_or_path`?"),
+        (["data", "perturb", "--model", "x"], "unknown option `--model`; did you mean `--help`?"),
         (["data", "mine", "--model", "x"], "unknown option `--model`; did you mean `--encoder`?"),
         (["tune", "--batch_size", "4"], "unknown option `--batch_size`; did you mean `--train_batch_size`?"),
         (["data", "inspect", "--path", "x"], "unknown option `--path`; did you mean `--dataset`?"),

@@ -178,8 +178,14 @@ def test_a_hard_caption_that_reads_as_the_caption_is_left_out_and_told_once(back
     for _ in range(2):
         encoded = encoder(alike)
         assert encoded.has_hard_caption.tolist() == encoded.hard_pair.tolist() == [False, False, False]
-    told = [r.getMessage() for r in caplog.records if "reads as the true one are left out" in r.getMessage()]
-    assert len(told) == 1 and told[0].endswith("such as `{}`".format(f"{long} square"))
+
+    def told():
+        return [r.getMessage() for r in caplog.records if "reads as the true one are left out" in r.getMessage()]
+
+    assert len(told()) == 1 and told()[0].endswith("such as `{}`".format(f"{long} square"))
+    capitals = replace(batch, hard_captions=("A RED circle", "", "a blue circle"))
+    Encoder(backbone, K, None)(capitals)
+    assert len(told()) == 2 and told()[1].endswith("such as `A RED circle`")
     assert encoder(batch).has_hard_caption.tolist() == [True, False, True]
 
 
