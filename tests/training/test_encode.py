@@ -186,6 +186,8 @@ def test_a_hard_caption_that_reads_as_the_caption_is_left_out_and_told_once(back
     capitals = replace(batch, hard_captions=("A RED circle", "", "a blue circle"))
     Encoder(backbone, K, None)(capitals)
     assert len(told()) == 2 and told()[1].endswith("such as `A RED circle`")
+    Encoder(backbone, K, None)(replace(alike, hard_captions=(f"{long} square", "", "a blue circle")))
+    assert len(told()) == 3 and told()[2] == told()[0]
     assert encoder(batch).has_hard_caption.tolist() == [True, False, True]
 
 
