@@ -61,6 +61,13 @@ def by_our_loop(correction, sampler, guidance=4.0, prompts=PROMPTS, latents=None
     return sample(backbone, text, null, latents, settings, config, correction.scorer)
 
 
+def of_family(folder, tap):
+    """The stock pipeline of a saved base, and an adapter that reads its `tap`."""
+    pipeline = load_backbone(folder, device="cpu").pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, tiny_adapter(load_backbone(folder, device="cpu"), tap)
+
+
 def inputs_of(denoiser):
     """What each pass was given in the end, and a `with` for the time in which that is noted."""
     seen = []
@@ -504,10 +511,7 @@ def test_another_lora_than_the_adapters_is_told(tmp_path, caplog):
 
 @pytest.mark.parametrize("mode", ["state", "noise"])
 def test_of_a_pipeline_that_does_not_say_whether_it_guides_the_batch_does(mode, tmp_path):
-    folder = save_pixart_sigma(tmp_path / "sigma")
-    pipeline = load_backbone(folder, device="cpu").pipeline
-    pipeline.set_progress_bar_config(disable=True)
-    adapter = tiny_adapter(load_backbone(folder, device="cpu"), "block0")
+    pipeline, adapter = of_family(save_pixart_sigma(tmp_path / "sigma"), "block0")
     correction = SelfCorrection(pipeline, adapter, correction_mode=mode, **RELATIVE)
 
     def draw(prompts, scale, seeds):
@@ -528,10 +532,7 @@ def test_of_a_pipeline_that_does_not_say_whether_it_guides_the_batch_does(mode, 
 
 
 def test_sd3s_pass_without_some_layers_is_corrected_as_the_step_is(tmp_path):
-    folder = save_sd3(tmp_path / "sd3")
-    pipeline = load_backbone(folder, device="cpu").pipeline
-    pipeline.set_progress_bar_config(disable=True)
-    adapter = tiny_adapter(load_backbone(folder, device="cpu"), "block0")
+    pipeline, adapter = of_family(save_sd3(tmp_path / "sd3"), "block0")
     call = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent", "guidance_scale": 4.0}
     call |= {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
     for mode in ("state", "noise"):
@@ -548,10 +549,7 @@ def test_sd3s_pass_without_some_layers_is_corrected_as_the_step_is(tmp_path):
 
 
 def test_of_flux_the_negative_branch_comes_by_itself(tmp_path):
-    folder = save_flux(tmp_path / "flux")
-    pipeline = load_backbone(folder, device="cpu").pipeline
-    pipeline.set_progress_bar_config(disable=True)
-    adapter = tiny_adapter(load_backbone(folder, device="cpu"), "single0")
+    pipeline, adapter = of_family(save_flux(tmp_path / "flux"), "single0")
     call = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent", "true_cfg_scale": 4.0}
     for mode in ("state", "noise"):
         correction = SelfCorrection(pipeline, adapter, correction_mode=mode, **RELATIVE)

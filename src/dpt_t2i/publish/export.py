@@ -231,10 +231,8 @@ def _check_measured(measured: Mapping[str, Mapping[str, Any]], lora: Path, adapt
         for part, told in figures.get("weights", {}).items():
             if told == ours[part]:
                 continue
-            differ = (
-                f"the figures given as --{kind} are of another {part} file than is exported ({told or 'none'}, not "
-            )
-            differ += f"{ours[part] or 'none'})"
+            files = f"{told or 'none'}, not {ours[part] or 'none'}"
+            differ = f"the figures given as --{kind} are of another {part} file than is exported ({files})"
             if part == "adapter":
                 raise InputError(f"{differ}; measure this one, or leave them out")
             log.warning("%s; see that it is the same LoRA", differ)
